@@ -1,0 +1,316 @@
+"""Typed settings of every stage and of a whole run.
+
+One YAML file describes a run; each section is one of the classes below and may be used alone from
+Python. An unknown key is an error that names the nearest known one. Overrides of the form
+``tune.learning_rate=5e-5`` reach any key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from scaleot_ray.errors import ConfigError
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 5e-5 as a string; people write it as a number.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are refused, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """The base model: its weights, its tokenizer, the type its tensors are loaded as."""
+
+    path: str = Field(description="Hugging Face directory or id, or a .gguf file")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="type the weights are loaded as"
+    )
+    tokenizer: str | None = Field(None, description="directory or id of the tokenizer; default: the model's own")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+    licence: str | None = Field(None, description="licence notice for the artefact's card; default: what the model says")
+
+
+class DataSettings(Settings):
+    """A dataset and how its rows become tokens."""
+
+    path: str = Field(description="file, folder of files, or a folder written by datasets.save_to_disk")
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow", "hf"] = Field(
+        "auto", description="file format; auto goes by the file's ending"
+    )
+    task: Literal["text", "completion", "choice", "chat"] = Field(
+        "text",
+        description="text: every token counts; completion: loss on the completion only; choice: one right answer "
+        "among several; chat: messages through the tokenizer's template, loss on the assistant's turns",
+    )
+    split: str | None = Field(None, description="split of a dataset folder that holds several")
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    messages_column: str = "messages"
+    choices_column: str = "choices"
+    label_column: str = Field("label", description="index of the right choice, from 0")
+    prompt_template: str | None = Field(
+        None, description="for choice and completion: the prompt, with {column} for a column's value"
+    )
+    choices: tuple[str, ...] | None = Field(
+        None, description="for choice: the same answers for every row, in the order of the labels"
+    )
+    max_examples: int | None = Field(None, ge=1, description="use at most so many rows")
+
+
+class StageOneSettings(Settings):
+    """Stage 1: harmonizers and layer scores by Dynamic LayerReplace (ScaleOT §3.2)."""
+
+    harmonizer_rank: int = Field(128, ge=2, description="hidden units of a harmonizer, r in W_down ∈ R^{r×d}")
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    start: Literal["closed_form", "random"] = Field(
+        "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
+    )
+    start_tokens: int = Field(16384, ge=1, description="public tokens of the closed-form start")
+    ridge: Number = Field(1e-3, gt=0, description="ridge relative to the mean squared activation")
+    objective: Literal["distill", "lm"] = Field(
+        "distill", description="distill: KL to the full model's logits; lm: the paper's language-model loss"
+    )
+    steps: int = Field(60, ge=0, description="harmonizer (DL) steps")
+    batch_size: int = Field(4, ge=1)
+    block_size: int = Field(128, ge=8, description="tokens per sequence")
+    learning_rate: Number = Field(1e-3, gt=0)
+    weight_decay: Number = Field(0.0, ge=0)
+    group_size: int = Field(4, ge=2, description="neighbouring middle layers per group; about half are replaced")
+    score_every: int = Field(5, ge=1, description="harmonizer steps between two score (RL) steps")
+    candidates: int = Field(4, ge=2, description="masks scored in one RL step, N_c")
+    score_learning_rate: Number = Field(1.0, gt=0, description="η of the score update, on standardised rewards")
+    shuffle_rewards: bool = Field(False, description="negative control: breaks the link from mask to reward")
+    checkpoint_every: int = Field(20, ge=1, description="steps between two checkpoints")
+    seed: int = 0
+
+
+class EmulatorSettings(Settings):
+    """Stage 2: which emulator to build. Triplet (N_a, α, β) of ScaleOT, or one privacy level."""
+
+    plug_in_layers: int = Field(4, ge=1, description="N_a, layers the data owner tunes")
+    layout: Literal["ends", "spread"] = Field(
+        "ends", description="ends: first and last N_a/2 layers; spread: evenly over the depth (CRaSh)"
+    )
+    alpha: Number = Field(0.5, ge=0, le=1, description="fraction of the middle layers that is replaced")
+    beta: Number = Field(0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights")
+    privacy: Literal["low", "medium", "high"] | None = Field(
+        None, description="choose α and β from a minimum loss margin and a maximum verbatim share instead"
+    )
+    builder: Literal["scaleot", "uniform_drop"] = "scaleot"
+    allow_unprotected: bool = Field(
+        False, description="build what hides nothing, for experiments; such an artefact is never sent"
+    )
+
+
+class TuneSettings(Settings):
+    """A data owner's tuning of the plug-in layers."""
+
+    method: Literal["layers", "lora", "bottleneck"] = "layers"
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: Number = Field(32.0, gt=0)
+    bottleneck_width: int = Field(64, ge=1)
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(4, ge=1, description="sequences per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    block_size: int = Field(128, ge=8, description="tokens per sequence; longer ones are split (text) or refused")
+    too_long: Literal["error", "truncate"] = Field(
+        "error", description="prompt + completion rows longer than block_size: stop, or cut the prompt's start"
+    )
+    learning_rate: Number | None = Field(None, gt=0, description="default: 2e-4 for layers, 1e-3 for lora, bottleneck")
+    weight_decay: Number = Field(0.0, ge=0)
+    warmup_fraction: Number = Field(0.1, ge=0, le=1)
+    max_grad_norm: Number = Field(1.0, gt=0)
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="arithmetic of the forward pass; weights keep the type they arrived in"
+    )
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = Field(None, ge=1, description="steps between two evaluations on held-out rows")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without improvement")
+    checkpoint_every: int = Field(50, ge=1)
+    seed: int = 0
+
+
+class TenantSettings(Settings):
+    """One data owner of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    train: DataSettings
+    test: DataSettings
+    cpus: int = Field(1, ge=1)
+    gpus: Number = Field(0.0, ge=0)
+    tune: TuneSettings | None = Field(None, description="overrides the run's tune section for this data owner")
+
+
+class RunSettings(Settings):
+    """A whole run in the environment ``local``: one owner, its emulator, several data owners."""
+
+    model: ModelSettings
+    public: DataSettings = Field(description="the model owner's public text: stage 1 and the loss margin")
+    stage_one: StageOneSettings = StageOneSettings()
+    emulator: EmulatorSettings = EmulatorSettings()
+    tune: TuneSettings = TuneSettings()
+    tenants: tuple[TenantSettings, ...] = Field(min_length=1)
+    output: str = Field("scaleot-runs/run", description="folder of artefacts, audit log and report")
+    evaluator: bool = Field(
+        False,
+        description="declare an evaluator that holds the full model and the tenants' test data; "
+        "without it the rows that need both secrets stay empty",
+    )
+    evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks per tenant")
+    owner_cpus: int = Field(2, ge=1, description="processors of the model owner's and the evaluator's stages")
+    owner_gpus: Number = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _distinct_tenants(self) -> RunSettings:
+        names = [tenant.name for tenant in self.tenants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tenants: the name {twice[0]!r} is used twice; give each data owner its own name")
+        return self
+
+
+Section = TypeVar("Section", bound=Settings)
+
+
+def parse(section: type[Section], values: dict[str, Any], source: str = "settings") -> Section:
+    """Values as a typed section.
+
+    Args:
+        section: the class to build, e.g. :class:`RunSettings`.
+        values: nested plain values, as YAML or JSON gives them.
+        source: the file or option the values come from, for messages.
+
+    Raises:
+        ConfigError: a key is unknown (with the nearest known one), missing, or its value is not
+            what the key takes; the message has the full key.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(section, first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys there: {', '.join(sorted(known))}."
+            raise ConfigError(f"{source}: unknown key {key!r}.", hint) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{source}: {key!r} is missing.", f"Add it: {_describe(section, first['loc'])}") from None
+        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {key}: {message}{found}.", f"{_describe(section, first['loc'])}") from None
+
+
+def load_yaml(section: type[Section], path: str | Path, overrides: Iterable[str] = ()) -> Section:
+    """A section from a YAML file, with ``a.b=c`` overrides applied on top.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or :func:`parse` refuses its values.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a YAML file.") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}.", "Correct the line it names.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no settings.", "A run file starts with 'model:', 'public:' and 'tenants:'.")
+    return parse(section, override(values, overrides), str(path))
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of ``values`` with each ``a.b=c`` set; list entries are reached by index (``tenants.0.name=x``).
+
+    Raises:
+        ConfigError: an override has no ``=``, or leads through something that is no section.
+    """
+    result = yaml.safe_load(yaml.safe_dump(values)) if values else {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: expected key=value.", "For example --set tune.learning_rate=5e-5.")
+        place: Any = result
+        *path, last = key.split(".")
+        for part in path:
+            place = _enter(place, part, key)
+        value = yaml.safe_load(text)
+        if isinstance(place, list):
+            place[_index(place, last, key)] = value
+        elif isinstance(place, dict):
+            place[last] = value
+        else:
+            raise ConfigError(f"--set {key}: there is no section to set {last!r} in.", "Check the dotted path.")
+    return result
+
+
+def _enter(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, key)]
+    if isinstance(place, dict):
+        if place.get(part) is None:
+            place[part] = {}
+        return place[part]
+    raise ConfigError(f"--set {key}: {part!r} is not a section.", "Check the dotted path.")
+
+
+def _index(place: list[Any], part: str, key: str) -> int:
+    if part.isdigit() and int(part) < len(place):
+        return int(part)
+    raise ConfigError(f"--set {key}: {part!r} is no entry of a list of {len(place)}.", "Entries count from 0.")
+
+
+def _section_at(section: type[BaseModel], location: Iterable[int | str]) -> type[BaseModel]:
+    for part in location:
+        if isinstance(part, int) or part not in section.model_fields:
+            continue
+        inner = _settings_inside(section.model_fields[part].annotation)
+        if inner is not None:
+            section = inner
+    return section
+
+
+def _settings_inside(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _settings_inside(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _known_keys(section: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    return list(_section_at(section, location).model_fields)
+
+
+def _describe(section: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    names = [part for part in location if isinstance(part, str)]
+    if not names:
+        return "Correct it."
+    field = _section_at(section, location[:-1]).model_fields.get(names[-1])
+    if field is None or not field.description:
+        return f"Correct {names[-1]!r}."
+    return f"{names[-1]}: {field.description}."
