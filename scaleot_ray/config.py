@@ -46,7 +46,9 @@ class ModelSettings(Settings):
     )
     tokenizer: str | None = Field(None, description="directory or id of the tokenizer; default: the model's own")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
-    licence: str | None = Field(None, description="licence notice for the artefact's card; default: what the model says")
+    licence: str | None = Field(
+        None, description="licence notice for the artefact's card; default: what the model says"
+    )
 
 
 class DataSettings(Settings):
@@ -134,7 +136,8 @@ class TuneSettings(Settings):
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     block_size: int = Field(128, ge=8, description="tokens per sequence; longer ones are split (text) or refused")
     too_long: Literal["error", "truncate"] = Field(
-        "error", description="prompt + completion rows longer than block_size: stop, or cut the prompt's start"
+        "error",
+        description="prompt + completion rows longer than block_size: stop, or cut the prompt's start",
     )
     learning_rate: Number | None = Field(None, gt=0, description="default: 2e-4 for layers, 1e-3 for lora, bottleneck")
     weight_decay: Number = Field(0.0, ge=0)
