@@ -1,9 +1,13 @@
-"""Tiny random models, one for each architecture the families know, for parity tests on the CPU."""
+"""Tiny random models, one for each architecture the families know, and a tiny tokenizer, for tests on the CPU."""
 
 from __future__ import annotations
 
+import functools
+import string
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -67,3 +71,55 @@ def tiny_tokens(batch: int = 2, time: int = 24, seed: int = 0) -> torch.Tensor:
     """Token ids (batch, time) inside the tiny models' vocabulary, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 97, (batch, time), generator=generator)
+
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+_CHARACTERS = string.ascii_letters + string.digits + " \n.,:;!?'\"()-_/"
+_SAMPLE = (
+    "the owner tunes the plug-in layers on the data that never leaves the machine",
+    "there is another answer in the other part of the text and it is the right one",
+)
+
+
+@functools.cache
+def _tiny_backend() -> str:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=97,
+        special_tokens=["<pad>", "<|start|>", "<|end|>", "<unk>"],
+        # Every character as the byte-level alphabet spells it, so that a sample text need not hold them all.
+        initial_alphabet=[piece for c in _CHARACTERS for piece, _ in backend.pre_tokenizer.pre_tokenize_str(c)],
+        show_progress=False,
+    )
+    backend.train_from_iterator(_SAMPLE, trainer)
+    return str(backend.to_str())
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer with a chat template; 97 tokens, pad 0, begin 1, end 2, unknown 3.
+
+    It adds no special tokens of its own. Letters, digits, space, newline and common punctuation come
+    back from ``decode`` as they were; each byte of any other character becomes ``<unk>``.
+    """
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(_tiny_backend()),
+        pad_token="<pad>",
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        unk_token="<unk>",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=64,
+    )
+
+
+def save_tiny(directory: str | Path, name: str = "llama", seed: int = 0) -> Path:
+    """Writes :func:`tiny_model` and :func:`tiny_tokenizer` as one Hugging Face directory; returns its path."""
+    directory = Path(directory)
+    tiny_model(name, seed).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
