@@ -88,6 +88,10 @@ class StageOneSettings(Settings):
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
     )
     start_tokens: int = Field(16384, ge=1, description="public tokens of the closed-form start")
+    score_start: Literal["single_layer", "zero"] = Field(
+        "single_layer",
+        description="single_layer: from the damage of replacing each layer alone; zero: the paper's start",
+    )
     ridge: Number = Field(1e-3, gt=0, description="ridge relative to the mean squared activation")
     objective: Literal["distill", "lm"] = Field(
         "distill", description="distill: KL to the full model's logits; lm: the paper's language-model loss"

@@ -1,0 +1,80 @@
+"""Which decoder layer plays which role: tuned by the data owner, kept raw, replaced, or dropped.
+
+ScaleOT (arXiv 2412.09812) calls the layers that the data owner tunes "adapter"; here they are the
+*plug-in layers*, so that nobody thinks of Houlsby adapters. All others are *middle layers*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+
+from scaleot_ray.errors import ConfigError
+
+
+class LayerRole(str, Enum):
+    """Role of one decoder layer in an emulator; the values are what manifests carry."""
+
+    PLUG_IN = "plug_in"
+    KEPT = "kept"
+    REPLACED = "replaced"
+    DROPPED = "dropped"
+
+
+def plug_in_positions(layers: int, count: int, layout: str = "ends") -> tuple[int, ...]:
+    """Positions of the plug-in layers.
+
+    Args:
+        layers: number of decoder layers n.
+        count: number of plug-in layers N_a.
+        layout: ``ends`` for the first ⌈N_a/2⌉ and last ⌊N_a/2⌋ layers (Offsite-Tuning, arXiv
+            2302.04870), ``spread`` for an even spacing from the first to the last layer (CRaSh, arXiv
+            2310.15477).
+
+    Raises:
+        ConfigError: there are not at least two middle layers left.
+    """
+    if count > layers - 2:
+        raise ConfigError(
+            f"emulator.plug_in_layers: {count} of {layers} decoder layers leave no middle layers to hide.",
+            f"Use at most {max(layers - 2, 0)} plug-in layers with this model.",
+        )
+    if layout == "ends":
+        first = (count + 1) // 2
+        return (*range(first), *range(layers - (count - first), layers))
+    if count == 1:
+        return (0,)
+    return tuple(round(index * (layers - 1) / (count - 1)) for index in range(count))
+
+
+def middle_layers(layers: int, plug_in: Iterable[int]) -> tuple[int, ...]:
+    """Positions of the middle layers M, in order."""
+    taken = set(plug_in)
+    return tuple(index for index in range(layers) if index not in taken)
+
+
+def replaced_count(middle: int, alpha: float) -> int:
+    """How many of ``middle`` layers a fraction α replaces (rounded to the nearest whole layer)."""
+    return round(alpha * middle)
+
+
+def layer_map(
+    layers: int,
+    plug_in: Sequence[int],
+    gone: Iterable[int],
+    role: LayerRole = LayerRole.REPLACED,
+) -> list[LayerRole]:
+    """Roles of all layers when the middle layers ``gone`` are replaced (or dropped) and the rest kept."""
+    roles = [LayerRole.KEPT] * layers
+    for index in plug_in:
+        roles[index] = LayerRole.PLUG_IN
+    for index in gone:
+        if roles[index] is LayerRole.PLUG_IN:
+            raise ValueError(f"layer {index} is a plug-in layer and cannot be {role.value}")
+        roles[index] = role
+    return roles
+
+
+def positions(roles: Sequence[LayerRole | str], role: LayerRole) -> tuple[int, ...]:
+    """Positions at which ``roles`` has ``role``."""
+    return tuple(index for index, found in enumerate(roles) if LayerRole(found) is role)

@@ -1,0 +1,286 @@
+"""Dynamic LayerReplace: harmonizers and layer scores learnt together (ScaleOT §3.2, stage 1).
+
+Two kinds of steps alternate. A harmonizer step (DL) samples a mask, puts the harmonizers of the
+replaced layers into the network and trains them on public text. A score step (RL) samples several
+masks, measures each on held-out public text without gradients, and moves the scores of the layers
+that the better masks kept.
+
+A harmonizer that is masked out in a step gets no update: its weights and Adam moments stay as they
+are, weight decay included. (An optimizer that fills missing gradients with zeros would let its
+momentum run on; here gradients are None and Adam skips it.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from scaleot_ray.config import StageOneSettings
+from scaleot_ray.emulator.closed_form import collect_statistics, fit_harmonizer
+from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
+from scaleot_ray.emulator.importance import LayerScores
+from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.errors import RunFailed
+from scaleot_ray.families import Family, hidden_size, layer_count
+from scaleot_ray.progress import OnProgress, ProgressMeter
+
+TokenDict = dict[str, torch.Tensor]
+
+
+class Batches(Protocol):
+    """Reproducible batches that can begin at any batch index (:class:`scaleot_ray.data.TokenBatches`)."""
+
+    def batches(self, start: int = 0) -> Iterator[TokenDict]:
+        """Endless batches with ``input_ids`` and ``labels`` (batch, time), from batch ``start``."""
+        ...
+
+
+def candidate_layers(layers: int) -> tuple[int, ...]:
+    """Layers that stage 1 trains harmonizers for: all but the first and the last.
+
+    Every layout of two or more plug-in layers contains those two, so one stage-1 result serves any
+    number of plug-in layers.
+    """
+    return tuple(range(1, layers - 1))
+
+
+def train_stage_one(
+    model: nn.Module,
+    family: Family,
+    batches: Batches,
+    held_out: Sequence[TokenDict],
+    settings: StageOneSettings,
+    checkpoint: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> StageOne:
+    """Harmonizers and scores for every layer but the first and the last.
+
+    Args:
+        model: the full model; its weights are not changed and need no gradients.
+        batches: public text to train on.
+        held_out: batches of other public text; score steps go through them in turn.
+        settings: steps, rates, ranks, seed.
+        checkpoint: file that holds the state every ``checkpoint_every`` steps. If it exists, training
+            goes on from there and ends where an uninterrupted run would have ended.
+        on_progress: receives the stages ``closed form``, ``layer damage`` and ``stage 1``.
+
+    Raises:
+        RunFailed: the loss became NaN or infinite, or the checkpoint belongs to other settings.
+    """
+    trainer = _Trainer(model, family, batches, held_out, settings, checkpoint, on_progress)
+    return trainer.run()
+
+
+def language_model_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the next token, nats: logits (b, t, v), labels (b, t), −100 ignored."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean KL(teacher ‖ student) over positions, nats; logits (batch, time, vocabulary)."""
+    student = functional.log_softmax(student.flatten(0, 1).float(), dim=-1)
+    teacher = functional.log_softmax(teacher.flatten(0, 1).float(), dim=-1)
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+class _Trainer:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        batches: Batches,
+        held_out: Sequence[TokenDict],
+        settings: StageOneSettings,
+        checkpoint: Path | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.model, self.family, self.batches, self.held_out = model, family, batches, held_out
+        self.settings, self.checkpoint, self.on_progress = settings, checkpoint, on_progress
+        self.parameter = next(model.parameters())
+        self.positions = candidate_layers(layer_count(model.config))
+        self.scores = LayerScores(self.positions, settings.group_size, settings.seed)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.fit: dict[int, float] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.harmonizers = {
+                index: Harmonizer(
+                    hidden_size(model.config),
+                    settings.harmonizer_rank,
+                    settings.activation,
+                    family.returns_tuple,
+                ).to(self.parameter.device, torch.float32)
+                for index in self.positions
+            }
+        self.optimizer = torch.optim.AdamW(
+            [parameter for harmonizer in self.harmonizers.values() for parameter in harmonizer.parameters()],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+        )
+
+    def run(self) -> StageOne:
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._restore(self.checkpoint)
+            if self.step >= self.settings.steps:
+                return self._result()
+        else:
+            self._start()
+        meter = ProgressMeter("stage 1", self.settings.steps, self.on_progress, self.step)
+        with switchable(self.model, self.family, self.harmonizers) as switchboard:
+            stream = self.batches.batches(self.step)
+            while self.step < self.settings.steps:
+                batch = self._to_device(next(stream))
+                loss = self._harmonizer_step(switchboard, batch)
+                self.step += 1
+                meter.advance(tokens=batch["input_ids"].numel(), loss=loss)
+                if self.step % self.settings.score_every == 0:
+                    self._score_step(switchboard)
+                if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
+                    self._save()
+        self._save()
+        return self._result()
+
+    def _start(self) -> None:
+        settings = self.settings
+        if settings.start == "closed_form":
+            tokens = settings.batch_size * settings.block_size
+            steps = max(1, math.ceil(settings.start_tokens / tokens))
+            statistics = collect_statistics(
+                self.model, self.family, self.positions, self.batches.batches(0), steps, self.on_progress
+            )
+            self.fit = {
+                index: fit_harmonizer(self.harmonizers[index], statistics[index], settings.ridge)
+                for index in self.positions
+            }
+        if settings.score_start == "single_layer":
+            with switchable(self.model, self.family, self.harmonizers) as switchboard:
+                self.scores.start_from(self._damage(switchboard))
+
+    @torch.no_grad()
+    def _damage(self, switchboard: Switchboard) -> list[float]:
+        """KL to the full model on a held-out batch when each layer alone is replaced."""
+        batch = self._to_device(self.held_out[0])
+        switchboard.set(frozenset())
+        teacher = self._logits(batch)
+        meter = ProgressMeter("layer damage", len(self.positions), self.on_progress)
+        damage = []
+        for index in self.positions:
+            switchboard.set({index})
+            damage.append(distillation_loss(self._logits(batch), teacher).item())
+            meter.advance(tokens=batch["input_ids"].numel())
+        return damage
+
+    def _harmonizer_step(self, switchboard: Switchboard, batch: TokenDict) -> float:
+        teacher = None
+        if self.settings.objective == "distill":
+            switchboard.set(frozenset())
+            with torch.no_grad():
+                teacher = self._logits(batch)
+        mask = self.scores.sample()
+        switchboard.set(mask)
+        logits = self._logits(batch)
+        loss = language_model_loss(logits, batch["labels"]) if teacher is None else distillation_loss(logits, teacher)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self._schedule()
+        self.optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunFailed(
+                f"stage 1: the loss is {value} at step {self.step + 1}.",
+                "Lower stage_one.learning_rate, or load the model in float32 (model.dtype).",
+            )
+        self.history.append({"step": self.step + 1, "loss": value, "replaced": sorted(mask)})
+        return value
+
+    def _schedule(self) -> float:
+        """Factor of the learning rate: 5 % warm-up, then half a cosine down to a tenth."""
+        warm = max(1, self.settings.steps // 20)
+        if self.step < warm:
+            return (self.step + 1) / warm
+        done = (self.step - warm) / max(1, self.settings.steps - warm)
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+    @torch.no_grad()
+    def _score_step(self, switchboard: Switchboard) -> None:
+        turn = self.step // self.settings.score_every
+        batch = self._to_device(self.held_out[turn % len(self.held_out)])
+        masks = [self.scores.sample() for _ in range(self.settings.candidates)]
+        losses = []
+        for mask in masks:
+            switchboard.set(mask)
+            losses.append(language_model_loss(self._logits(batch), batch["labels"]).item())
+        credited = list(losses)
+        if self.settings.shuffle_rewards:
+            order = torch.randperm(len(losses), generator=self.scores.generator).tolist()
+            credited = [losses[index] for index in order]
+        self.scores.update(masks, credited, self.settings.score_learning_rate)
+        self.history.append({"step": self.step, "candidate_losses": losses})
+
+    def _logits(self, batch: TokenDict) -> torch.Tensor:
+        return self.model(input_ids=batch["input_ids"], use_cache=False).logits
+
+    def _to_device(self, batch: TokenDict) -> TokenDict:
+        return {name: value.to(self.parameter.device) for name, value in batch.items()}
+
+    def _result(self) -> StageOne:
+        return StageOne(
+            settings=self.settings,
+            scores=self.scores.by_position(),
+            harmonizers={
+                index: {name: value.detach().cpu() for name, value in harmonizer.state_dict().items()}
+                for index, harmonizer in self.harmonizers.items()
+            },
+            fit=self.fit,
+            history=self.history,
+            step=self.step,
+        )
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        extra = {"generator": self.scores.generator.get_state()}
+        for position, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                extra[f"optimizer.{position}.{name}"] = torch.as_tensor(value)
+        self._result().save(self.checkpoint, extra)
+
+    def _restore(self, path: Path) -> None:
+        state, extra = StageOne.load(path)
+        if state.settings != self.settings or tuple(sorted(state.harmonizers)) != self.positions:
+            raise RunFailed(
+                f"{path}: this stage-1 checkpoint was made with other settings or another model.",
+                "Delete it, or name another cache folder.",
+            )
+        for index, harmonizer in self.harmonizers.items():
+            harmonizer.load_state_dict(state.harmonizers[index])
+        self.scores.values = torch.tensor([state.scores[index] for index in self.positions], dtype=torch.float64)
+        self.scores.generator.set_state(extra["generator"])
+        self.step, self.history, self.fit = state.step, state.history, state.fit
+        for position, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
+            prefix = f"optimizer.{position}."
+            found = {name[len(prefix) :]: value for name, value in extra.items() if name.startswith(prefix)}
+            if found:
+                self.optimizer.state[parameter] = {
+                    name: value if name == "step" else value.to(parameter) for name, value in found.items()
+                }
+
+
+def mean_loss(model: nn.Module, batches: Iterable[TokenDict]) -> float:
+    """Mean language-model loss over batches of equal size, nats per token."""
+    device = next(model.parameters()).device
+    losses = []
+    with torch.no_grad():
+        for batch in batches:
+            logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+            losses.append(language_model_loss(logits, batch["labels"].to(device)).item())
+    return sum(losses) / len(losses)

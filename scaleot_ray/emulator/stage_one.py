@@ -1,0 +1,122 @@
+"""What stage 1 leaves behind: harmonizers, layer scores and how they came about, on disk.
+
+The result never leaves the model owner. One result serves every emulator of the model: any number of
+plug-in layers, any fraction replaced, any rank reduction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from scaleot_ray.config import StageOneSettings
+from scaleot_ray.emulator.harmonizer import Harmonizer
+from scaleot_ray.errors import RunFailed
+from scaleot_ray.families import Family
+
+
+@dataclass
+class StageOne:
+    """Result of stage 1, or its state after some steps.
+
+    Attributes:
+        settings: what it was made with.
+        scores: importance of each layer that has a harmonizer; higher means more important.
+        harmonizers: state of each harmonizer, by layer: ``down.weight`` (r, d), ``down.bias`` (r,),
+            ``up.weight`` (d, r), ``up.bias`` (d,).
+        fit: R² of the closed-form start per layer (empty for the random start).
+        history: one record a step: losses of harmonizer steps, candidate losses of score steps.
+        step: harmonizer steps done.
+    """
+
+    settings: StageOneSettings
+    scores: dict[int, float]
+    harmonizers: dict[int, dict[str, torch.Tensor]]
+    fit: dict[int, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+
+    def least_important(self, among: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """The ``count`` layers of lowest score among the given positions, in order of depth."""
+        known = sorted(
+            (index for index in among if index in self.scores), key=lambda index: (self.scores[index], index)
+        )
+        return tuple(sorted(known[:count]))
+
+    def harmonizer(self, index: int, family: Family) -> Harmonizer:
+        """The harmonizer of one layer as a module."""
+        state = self.harmonizers[index]
+        rank, width = state["down.weight"].shape
+        module = Harmonizer(width, rank, self.settings.activation, family.returns_tuple)
+        module.load_state_dict(state)
+        return module
+
+    def save(self, path: Path, extra: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes one safetensors file atomically: tensors, and everything else as JSON in its header.
+
+        Args:
+            extra: further tensors (optimizer state) under names that begin with ``optimizer.``.
+        """
+        tensors = {
+            f"{index}.{name}": value for index, state in self.harmonizers.items() for name, value in state.items()
+        }
+        tensors |= extra or {}
+        record = {
+            "settings": self.settings.model_dump(),
+            "scores": self.scores,
+            "fit": self.fit,
+            "history": self.history,
+            "step": self.step,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(cpu, temporary, metadata={"stage_one": json.dumps(record)})
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RunFailed(
+                f"{path}: stage 1 could not be saved ({error.strerror or error}).", "Free disk space and run again."
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[StageOne, dict[str, torch.Tensor]]:
+        """A saved state and the further tensors that were saved with it.
+
+        Raises:
+            RunFailed: the file is not a stage-1 result or is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["stage_one"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RunFailed(
+                f"{path}: is no readable stage-1 result ({error}).", "Delete it; stage 1 then starts afresh."
+            ) from error
+        harmonizers: dict[int, dict[str, torch.Tensor]] = {}
+        extra: dict[str, torch.Tensor] = {}
+        for name, value in tensors.items():
+            index, _, inner = name.partition(".")
+            if index.isdigit():
+                harmonizers.setdefault(int(index), {})[inner] = value
+            else:
+                extra[name] = value
+        result = cls(
+            settings=StageOneSettings(**record["settings"]),
+            scores={int(index): score for index, score in record["scores"].items()},
+            harmonizers=harmonizers,
+            fit={int(index): value for index, value in record["fit"].items()},
+            history=record["history"],
+            step=record["step"],
+        )
+        return result, extra
