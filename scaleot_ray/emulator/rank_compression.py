@@ -35,37 +35,35 @@ def truncate(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 class LowRankLinear(nn.Module):
     """y = U V x + b, in place of a projection; fused projections have one U for each part.
 
-    Args:
-        in_features: width of x.
-        ranks: rank of each part (one entry for a plain projection).
-        rows: output rows that each part makes; None for a plain projection.
-        out_features: width of y.
-        bias: whether there is a bias.
-
     Parameters are named ``down`` (Σ ranks, in), ``up.0``, ``up.1`` … (rows of the part, its rank) and
     ``bias`` (out,).
+
+    Args:
+        in_features: width of x.
+        sizes: output rows of each part (one entry for a plain projection).
+        ranks: rank of each part.
+        bias: whether there is a bias.
+        rows: which output rows each part makes, where parts interleave; by default one after the other.
     """
 
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        sizes: Sequence[int],
         ranks: Sequence[int],
-        rows: Sequence[torch.Tensor] | None = None,
         bias: bool = False,
+        rows: Sequence[torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.ranks = list(ranks)
-        sizes = [out_features] if rows is None else [len(part) for part in rows]
         self.down = nn.Parameter(torch.empty(sum(ranks), in_features))
         self.up = nn.ParameterList(
             [nn.Parameter(torch.empty(size, rank)) for size, rank in zip(sizes, ranks, strict=True)]
         )
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.bias = nn.Parameter(torch.empty(sum(sizes))) if bias else None
         # Where the parts interleave (head by head), their outputs go back to the rows they came from.
         order = None if rows is None else torch.cat(list(rows)).argsort()
-        in_place = order is None or bool((order == torch.arange(out_features)).all())
-        self.order = None if in_place else order
+        self.order = None if order is None or order.equal(torch.arange(len(order))) else order
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""

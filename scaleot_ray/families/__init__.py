@@ -11,7 +11,7 @@ from typing import Any
 
 from scaleot_ray.errors import UnsupportedArchitectureError
 from scaleot_ray.families.bloom import BLOOM
-from scaleot_ray.families.family import Family, Projection, dense_weight, hidden_size, layer_count
+from scaleot_ray.families.family import Family, Projection, as_stored, dense_weight, hidden_size, layer_count
 from scaleot_ray.families.gpt2 import GPT2
 from scaleot_ray.families.llama import LLAMA
 from scaleot_ray.families.neox import NEOX
@@ -20,7 +20,7 @@ from scaleot_ray.families.phi3 import PHI3
 
 FAMILIES = (LLAMA, PHI3, GPT2, OPT, NEOX, BLOOM)
 
-__all__ = ["FAMILIES", "Family", "Projection", "dense_weight", "family_of", "hidden_size", "layer_count"]
+__all__ = ["FAMILIES", "Family", "Projection", "as_stored", "dense_weight", "family_of", "hidden_size", "layer_count"]
 
 
 def family_of(config: Any) -> Family:

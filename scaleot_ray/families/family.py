@@ -89,6 +89,11 @@ def dense_weight(projection: nn.Module) -> torch.Tensor:
     return weight.t() if isinstance(projection, Conv1D) else weight
 
 
+def as_stored(projection: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`dense_weight`: an (out, in) matrix as the projection stores it, contiguous."""
+    return (weight.t() if isinstance(projection, Conv1D) else weight).contiguous()
+
+
 def head_size(config: Any) -> int:
     """Width of one attention head."""
     explicit = getattr(config, "head_dim", None)

@@ -1,0 +1,100 @@
+"""An emulator artefact as a model that runs: what a data owner tunes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from scaleot_ray.artifacts import Artifact
+from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
+from scaleot_ray.families.loading import empty_model
+from torch import nn
+
+from scaleot_ray.emulator.harmonizer import DroppedLayer, Harmonizer
+from scaleot_ray.emulator.layer_map import LayerRole
+from scaleot_ray.emulator.rank_compression import LowRankLinear
+from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.families import Family, family_of, hidden_size
+
+
+def emulator_content(manifest: Manifest) -> EmulatorContent:
+    """What an emulator's manifest says about it.
+
+    Raises:
+        ArtifactRefused: the artefact is of another kind.
+    """
+    if not isinstance(manifest.content, EmulatorContent):
+        raise ArtifactRefused(
+            f"the artefact is of kind {manifest.kind!r}; an emulator was expected.",
+            "Give the folder that the model owner's build wrote.",
+        )
+    return manifest.content
+
+
+def emulator_config(manifest: Manifest) -> Any:
+    """The Hugging Face config of the model that the emulator stands for."""
+    values = dict(manifest.model_config_json or {})
+    return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
+
+
+def assemble(artifact: Artifact, device: torch.device | str = "cpu") -> Any:
+    """The emulator as a Hugging Face causal LM with replaced, compressed and dropped layers in place.
+
+    Parameters take over the artefact's tensors as they are, without a copy on the same device: who
+    trains some of them copies those first. No parameter requires a gradient; the model is in
+    evaluation mode.
+
+    Raises:
+        ArtifactRefused: the artefact is no emulator, or its tensors do not make a whole model.
+    """
+    content, config = emulator_content(artifact.manifest), emulator_config(artifact.manifest)
+    family = family_of(config)
+    dtype = getattr(torch, artifact.manifest.dtype or "float32")
+    model = empty_model(config, dtype)
+    layers = family.layers(model)
+    if len(layers) != len(content.layer_map):
+        raise ArtifactRefused(
+            f"manifest: layer_map has {len(content.layer_map)} entries, the model has {len(layers)} layers.",
+            "Ask the model owner for the emulator again.",
+        )
+    with torch.device("meta"):
+        for index, role in enumerate(content.layer_map):
+            if LayerRole(role) is LayerRole.DROPPED:
+                layers[index] = DroppedLayer(family.returns_tuple)
+            elif LayerRole(role) is LayerRole.REPLACED:
+                rank = artifact.tensors[family.layer_prefix(index) + "down.weight"].shape[0]
+                activation = content.harmonizer.activation if content.harmonizer else "silu"
+                layers[index] = Harmonizer(hidden_size(config), rank, activation, family.returns_tuple)
+    for index, role in enumerate(content.layer_map):
+        if LayerRole(role) is LayerRole.KEPT:
+            _place_factors(layers[index], family, family.layer_prefix(index), config, artifact.tensors)
+
+    tensors = {name: tensor.to(device) for name, tensor in artifact.tensors.items()}
+    found = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    bare = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if bare or found.unexpected_keys:
+        name = (bare + found.unexpected_keys)[0]
+        raise ArtifactRefused(
+            f"tensor {name!r} is {'missing from' if bare else 'not part of'} the emulator.",
+            "Ask the model owner for the emulator again.",
+        )
+    model.to(device)
+    return model.requires_grad_(False).eval()
+
+
+def _place_factors(
+    layer: nn.Module, family: Family, prefix: str, config: Any, tensors: dict[str, torch.Tensor]
+) -> None:
+    for projection in family.attention:
+        name = prefix + projection.path
+        if name + ".down" not in tensors:
+            continue
+        rows = projection.parts(config) if projection.parts else None
+        ups = [tensors[f"{name}.up.{part}"] for part in range(1 if rows is None else len(rows))]
+        sizes, ranks = [up.shape[0] for up in ups], [up.shape[1] for up in ups]
+        width = tensors[name + ".down"].shape[1]
+        module = LowRankLinear(width, sizes, ranks, name + ".bias" in tensors, rows).to("meta")
+        parent, _, attribute = projection.path.rpartition(".")
+        setattr(layer.get_submodule(parent), attribute, module)

@@ -1,0 +1,189 @@
+"""Stage 2: from the full model and one stage-1 result to an emulator artefact, in seconds (ScaleOT §3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from scaleot_ray.artifacts import Artifact
+from scaleot_ray.artifacts.card import model_card
+from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
+from scaleot_ray.families.loading import BaseModel, tokenizer_files
+from torch import nn
+
+from scaleot_ray.config import EmulatorSettings
+from scaleot_ray.emulator.assemble import assemble
+from scaleot_ray.emulator.baselines.uniform_drop import uniformly_dropped
+from scaleot_ray.emulator.layer_map import (
+    LayerRole,
+    layer_map,
+    middle_layers,
+    plug_in_positions,
+    positions,
+    replaced_count,
+)
+from scaleot_ray.emulator.layer_replace import TokenDict, mean_loss
+from scaleot_ray.emulator.rank_compression import compress
+from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.families import as_stored, dense_weight, layer_count
+
+
+@dataclass(frozen=True)
+class FullModelFacts:
+    """What every emulator of one model shares, so that it is measured once.
+
+    Attributes:
+        digest: of the full model's weights and config.
+        loss: on public held-out text, nats per token; None where there is no such text.
+    """
+
+    digest: str
+    loss: float | None = None
+
+
+def build_emulator(
+    base: BaseModel,
+    stage_one: StageOne | None,
+    settings: EmulatorSettings,
+    facts: FullModelFacts,
+    held_out: Sequence[TokenDict] = (),
+) -> Artifact:
+    """An emulator artefact for the triplet (N_a, α, β) of ``settings``.
+
+    The artefact's raw tensors are the model's own, not copies.
+
+    Args:
+        base: the full model with its tokenizer.
+        stage_one: harmonizers and scores; None for builders that need none.
+        settings: the triplet, the layout, the builder.
+        facts: digest and held-out loss of the full model.
+        held_out: public batches on which the emulator's loss is measured.
+
+    Raises:
+        ConfigError: the settings hide nothing and ``allow_unprotected`` is off, or leave no middle
+            layers.
+    """
+    roles = choose_layers(layer_count(base.model.config), stage_one, settings)
+    hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))
+    if not hidden and not settings.allow_unprotected:
+        raise ConfigError(
+            f"emulator.alpha: {settings.alpha} replaces none of the {roles.count(LayerRole.KEPT)} middle layers, "
+            "so the emulator would hand over the model.",
+            "Raise emulator.alpha (0.25 or more), or set emulator.allow_unprotected for an experiment; "
+            "such an emulator is never sent.",
+        )
+    tensors, verbatim = _tensors(base, stage_one, roles, settings)
+    full_parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    content = EmulatorContent(
+        plug_in_layers=settings.plug_in_layers,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        layout=settings.layout,
+        layer_map=[role.value for role in roles],
+        builder=settings.builder,
+        harmonizer=_harmonizer_spec(stage_one, roles),
+        full_parameters=full_parameters,
+        verbatim_parameters=verbatim,
+        full_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
+        base_digest=facts.digest,
+        full_loss=facts.loss,
+        emulator_loss=None,
+        protected=bool(hidden),
+    )
+    files = tokenizer_files(base.tokenizer)
+    artifact = _artifact(base, content, tensors, files)
+    if held_out:
+        content.emulator_loss = mean_loss(assemble(artifact, next(base.model.parameters()).device), held_out)
+        artifact = _artifact(base, content, tensors, files)
+    return artifact
+
+
+def choose_layers(layers: int, stage_one: StageOne | None, settings: EmulatorSettings) -> list[LayerRole]:
+    """Role of every layer under the settings: plug-in, kept, replaced or dropped."""
+    plug_in = plug_in_positions(layers, settings.plug_in_layers, settings.layout)
+    middle = middle_layers(layers, plug_in)
+    count = replaced_count(len(middle), settings.alpha)
+    if settings.builder == "uniform_drop":
+        return layer_map(layers, plug_in, uniformly_dropped(middle, count), LayerRole.DROPPED)
+    if stage_one is None:
+        if count:
+            raise ConfigError("emulator.builder: scaleot needs a stage-1 result.", "Run stage 1 first.")
+        return layer_map(layers, plug_in, ())
+    return layer_map(layers, plug_in, stage_one.least_important(middle, count))
+
+
+def _harmonizer_spec(stage_one: StageOne | None, roles: Iterable[LayerRole]) -> HarmonizerSpec | None:
+    if stage_one is None or LayerRole.REPLACED not in set(roles):
+        return None
+    return HarmonizerSpec(rank=stage_one.settings.harmonizer_rank, activation=stage_one.settings.activation)
+
+
+def _artifact(
+    base: BaseModel, content: EmulatorContent, tensors: dict[str, torch.Tensor], files: dict[str, bytes]
+) -> Artifact:
+    def create(files: dict[str, bytes]) -> Artifact:
+        return Artifact.create(
+            "emulator", content, tensors, files=files, family=base.family.name, model_config=base.model.config.to_dict()
+        )
+
+    card = model_card(create({}).manifest, base.source, base.licence)
+    return create(files | {"README.md": card.encode()})
+
+
+def _tensors(
+    base: BaseModel, stage_one: StageOne | None, roles: Sequence[LayerRole], settings: EmulatorSettings
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Everything that leaves, and how many of its numbers are the model's own."""
+    model, family = base.model, base.family
+    prefixes = {family.layer_prefix(index): index for index in range(len(roles))}
+    gone = {index for index, role in enumerate(roles) if role in (LayerRole.REPLACED, LayerRole.DROPPED)}
+    tensors: dict[str, torch.Tensor] = {}
+    # Tied parameters come once under their first name; tying again at the other end restores the rest.
+    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        index = next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None)
+        if index not in gone:
+            tensors[name] = tensor.detach()
+    verbatim = set(tensors)
+    if settings.beta > 0:
+        for index in positions(roles, LayerRole.KEPT):
+            verbatim -= _compress_layer(
+                family.layers(model)[index], base, family.layer_prefix(index), tensors, settings
+            )
+    for index in positions(roles, LayerRole.REPLACED):
+        assert stage_one is not None
+        for name, value in stage_one.harmonizers[index].items():
+            tensors[family.layer_prefix(index) + name] = value.to(model.dtype)
+    return tensors, sum(tensors[name].numel() for name in verbatim if name in tensors)
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    kept = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def _compress_layer(
+    layer: nn.Module, base: BaseModel, prefix: str, tensors: dict[str, torch.Tensor], settings: EmulatorSettings
+) -> set[str]:
+    """Replaces a kept layer's attention weights by factors; returns the names that are no longer raw."""
+    changed = set()
+    for projection in base.family.attention:
+        name = prefix + projection.path
+        module = layer.get_submodule(projection.path)
+        weight = dense_weight(module).detach()
+        rows = projection.parts(base.model.config) if projection.parts else None
+        factors, size = compress(weight, settings.beta, rows)
+        changed.add(name + ".weight")
+        if size < weight.numel():
+            del tensors[name + ".weight"]
+            tensors[name + ".down"] = torch.cat([down for _, down in factors])
+            for part, (up, _) in enumerate(factors):
+                tensors[f"{name}.up.{part}"] = up
+        else:
+            # Factors that need more room than their product say no more than the product does.
+            product = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            for (up, down), index in zip(factors, rows or [torch.arange(len(weight))], strict=True):
+                product[index] = up @ down
+            tensors[name + ".weight"] = as_stored(module, product)
+    return changed
