@@ -1,0 +1,121 @@
+"""Chat messages → token ids through the tokenizer's template, and which of them the assistant wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jinja2 import TemplateError
+
+from scaleot_ray.data.encoding import Encoder
+from scaleot_ray.data.rows import Row, short
+from scaleot_ray.errors import DataError
+
+Message = dict[str, str]
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Private-use characters: no message starts or ends with them, so where two renderings differ is exact.
+_STAND_IN = "\ue000answer\ue001"
+
+
+def read_messages(row: Row, column: str) -> list[Message]:
+    """The messages of ``row``, each with a role and a text.
+
+    Raises:
+        DataError: the column is missing, is no list of ``{"role": ..., "content": ...}``, or the
+            assistant says nothing in it.
+    """
+    messages = row.value(column, "messages_column")
+    if isinstance(messages, dict) and isinstance(messages.get("role"), list):
+        # `datasets` stores a sequence of structs as a struct of lists.
+        messages = [dict(zip(messages, values, strict=False)) for values in zip(*messages.values(), strict=False)]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(
+            f"{row.where}: column {column!r} holds {short(messages)}, expected a list of messages.",
+            'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].',
+        )
+    for number, message in enumerate(messages, start=1):
+        fields = message if isinstance(message, dict) else {}
+        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
+            raise DataError(
+                f"{row.where}: message {number} in column {column!r} is {short(message)}, "
+                "expected a role and a content, both text.",
+                'Write {"role": "user", "content": "..."}; tool calls and images are not supported.',
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(
+            f"{row.where}: no message in column {column!r} has the role 'assistant', so there is nothing to learn.",
+            "Remove the row, or name the assistant's role 'assistant'.",
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def check_template(tokenizer: Any) -> None:
+    """Refuses a tokenizer that has no chat template.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "task: chat needs a tokenizer with a chat template, and this one has none.",
+            "Use an instruction-tuned model, set model.tokenizer to a tokenizer with a template, or write the rows "
+            "as prompt and completion.",
+        )
+
+
+def chat_tokens(encoder: Encoder, messages: list[Message], where: str) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and for each whether the assistant wrote it (its end-of-turn token included).
+
+    A template that marks the assistant's part with ``{% generation %}`` is taken at its word. For
+    others each turn is found by rendering the conversation once more with another text in its place:
+    where the two differ is the turn, whatever the template does to the turns before and after.
+
+    Raises:
+        DataError: the template refuses the messages, e.g. for the order of their roles.
+    """
+    tokenizer = encoder.tokenizer
+    try:
+        if _MARKS.search(tokenizer.get_chat_template()):
+            marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
+        return _unmarked(encoder, messages)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses the messages ({error}).",
+            "Give the roles in the order that the model's template takes.",
+        ) from error
+
+
+def _unmarked(encoder: Encoder, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def render(conversation: list[Message]) -> str:
+        return str(encoder.tokenizer.apply_chat_template(conversation, tokenize=False))
+
+    specials = [str(token) for token in encoder.tokenizer.added_tokens_decoder.values()]
+    whole = render(messages)
+    ids = encoder.plain(whole)
+    mask = [False] * len(ids)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, end = _turn(render, messages, index, whole, specials)
+        first, last = len(encoder.plain(whole[:start])), len(encoder.plain(whole[:end]))
+        mask[first:last] = [True] * (min(last, len(ids)) - first)
+    return ids, mask
+
+
+def _turn(
+    render: Callable[[list[Message]], str], messages: list[Message], index: int, whole: str, specials: list[str]
+) -> tuple[int, int]:
+    other = render([*messages[:index], {**messages[index], "content": _STAND_IN}, *messages[index + 1 :]])
+    start = len(os.path.commonprefix([whole, other]))
+    end = len(whole) - len(os.path.commonprefix([whole[start:][::-1], other[start:][::-1]]))
+    if _STAND_IN not in other:
+        return start, start  # the template leaves this turn out
+    after = whole[end:].lstrip()
+    for special in specials:
+        # The token that ends the turn is the assistant's to write as well.
+        if special and after.startswith(special):
+            return start, len(whole) - len(after) + len(special)
+    return start, end

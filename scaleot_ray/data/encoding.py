@@ -1,0 +1,75 @@
+"""Text → token ids, the same way in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scaleot_ray.errors import DataError
+
+
+class Encoder:
+    """A tokenizer with the conventions of this package around it.
+
+    A BOS token comes first where the tokenizer puts one itself (Llama 2 and 3, Gemma, OPT), no other
+    special token is added by it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+
+    Raises:
+        DataError: the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "The tokenizer has no end-of-sequence token.",
+                "Add eos_token to its tokenizer_config.json, or set model.tokenizer to one that has it.",
+            )
+        self.tokenizer = tokenizer
+        self.eos = int(tokenizer.eos_token_id)
+        bos = tokenizer.bos_token_id
+        starts = list(tokenizer("a", verbose=False)["input_ids"])
+        self.prefix = [int(bos)] if bos is not None and starts[:1] == [bos] else []
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of ``text`` with no special token added."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of ``text`` as the start of a sequence."""
+        return self.prefix + self.plain(text)
+
+    def pairs(self, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a context and of each text that may follow it, split as lm-evaluation-harness does.
+
+        White space at the end of the context moves to the continuation; context + continuation is
+        encoded as one, and the continuation's tokens are those after as many as the context has when
+        encoded alone. An empty context becomes BOS (EOS without one).
+        """
+        stripped = context.rstrip()
+        texts = [context[len(stripped) :] + continuation for continuation in continuations]
+        if not stripped:
+            bos = self.tokenizer.bos_token_id
+            return [self.eos if bos is None else int(bos)], self._batch(texts)
+        start = self.plain(stripped)
+        wholes = self._batch([stripped + text for text in texts])
+        return self.prefix + start, [whole[len(start) :] for whole in wholes]
+
+    def _batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def check_vocabulary(ids: Iterable[int], vocab_size: int | None) -> None:
+    """Refuses token ids that the model has no embedding for; ``vocab_size`` None checks nothing.
+
+    Raises:
+        DataError: an id is not below ``vocab_size``.
+    """
+    largest = max(ids, default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        raise DataError(
+            f"The tokenizer gave token id {largest}, but the model has {vocab_size} tokens: they do not match.",
+            "Use the tokenizer that belongs to the model (model.tokenizer).",
+        )

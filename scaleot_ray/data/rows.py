@@ -1,0 +1,217 @@
+"""Rows of a dataset, one after the other, whatever holds them and however large it is.
+
+Text and JSON Lines are read line by line, Parquet and Arrow record batch by record batch, folders
+written by ``datasets.save_to_disk`` through their memory map: no source is ever in memory as a
+whole. JSON Lines are parsed here rather than by ``datasets``, which guesses one type per column from
+the first megabytes (a column of dates stops being text) and does not say which line is broken.
+Nothing is cached on disk and nothing reaches for a network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaleot_ray.config import DataSettings
+from scaleot_ray.data.sources import Source, find_sources, first_line
+from scaleot_ray.errors import DataError
+
+PIECE_CHARACTERS = 1 << 20
+ROWS_PER_BATCH = 256
+
+
+class Row(dict[str, Any]):
+    """One row: its columns, and where it comes from for messages.
+
+    Attributes:
+        where: e.g. ``row 3 of train.parquet`` or ``train.jsonl, line 3``; rows count from 1.
+        unfinished: for text files, whether the next row goes on with the same document.
+    """
+
+    __slots__ = ("unfinished", "where")
+
+    def __init__(self, columns: dict[str, Any], where: str, unfinished: bool = False) -> None:
+        super().__init__(columns)
+        self.where = where
+        self.unfinished = unfinished
+
+    def value(self, column: str, key: str) -> Any:
+        """What the row has in ``column``, which the setting ``key`` names.
+
+        Raises:
+            DataError: there is no such column (the message names those there are), or it is null.
+        """
+        if column not in self:
+            raise DataError(
+                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(repr, self)) or 'none'}.",
+                f"Set {key} to one of these.",
+            )
+        if self[column] is None:
+            raise DataError(
+                f"{self.where}: column {column!r} is null.", f"Fill it or remove the row, or set {key} to another."
+            )
+        return self[column]
+
+    def text(self, column: str, key: str) -> str:
+        """The same for a column that must hold text.
+
+        Raises:
+            DataError: also when the value is not text.
+        """
+        value = self.value(column, key)
+        if not isinstance(value, str):
+            raise DataError(
+                f"{self.where}: column {column!r} holds {type(value).__name__} ({short(value)}), expected text.",
+                f"Write it as text, or set {key} to a column of text.",
+            )
+        return value
+
+
+class Rows(Iterable[Row]):
+    """All rows of a dataset in order; may be iterated any number of times.
+
+    Raises:
+        DataError: while iterating: a file cannot be read, is not what its format says, or there is
+            no row at all.
+    """
+
+    def __init__(self, sources: list[Source], path: str, limit: int | None = None) -> None:
+        self.path = path
+        self._sources, self._limit = sources, limit
+
+    def __iter__(self) -> Iterator[Row]:
+        count = 0
+        for row in itertools.islice(self._all(), self._limit):
+            count += 1
+            yield row
+        if not count:
+            raise DataError(f"{self.path}: the dataset is empty.", "Give a dataset with at least one row.")
+
+    def _all(self) -> Iterator[Row]:
+        for source in self._sources:
+            yield from READERS[source.format](source)
+
+
+def open_rows(settings: DataSettings) -> Rows:
+    """The rows of the dataset that ``settings`` names; the first is read at once, so that mistakes show early.
+
+    Raises:
+        DataError: the path is missing, of no known format, holds several splits and none was
+            chosen, cannot be read, or has no rows.
+    """
+    rows = Rows(find_sources(settings), settings.path, settings.max_examples)
+    next(iter(rows))
+    return rows
+
+
+def _text_rows(source: Source) -> Iterator[Row]:
+    # A document is one file; one that exceeds memory comes in pieces that end with a line.
+    with _readable(source), open(source.path, encoding="utf-8-sig") as file:
+        piece = _piece(file)
+        while piece:
+            following = _piece(file)
+            yield Row({"text": piece}, str(source.path), unfinished=bool(following))
+            piece = following
+
+
+def _piece(file: TextIO) -> str:
+    start = file.read(PIECE_CHARACTERS)
+    return start + file.readline(PIECE_CHARACTERS) if start else ""
+
+
+def _jsonl_rows(source: Source) -> Iterator[Row]:
+    with _readable(source), open(source.path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_row(line, f"{source.path}, line {number}")
+
+
+def _json_row(line: bytes, where: str) -> Row:
+    try:
+        columns = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: is not valid JSON ({error}).",
+            'JSON Lines has one whole object on each line, such as {"text": "..."}; correct or remove this one.',
+        ) from None
+    if not isinstance(columns, dict):
+        raise DataError(
+            f"{where}: holds {type(columns).__name__}, expected an object with named columns.",
+            "JSON Lines has one object on each line; write a list of objects as one object per line.",
+        )
+    return Row(columns, where)
+
+
+def _parquet_rows(source: Source) -> Iterator[Row]:
+    with _readable(source), pq.ParquetFile(source.path) as file:
+        yield from _numbered(file.iter_batches(batch_size=ROWS_PER_BATCH), source)
+
+
+def _arrow_rows(source: Source) -> Iterator[Row]:
+    # The file format (Feather) starts with a magic word, the stream format does not.
+    with _readable(source), pa.memory_map(str(source.path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            yield from _numbered((reader.get_batch(index) for index in range(reader.num_record_batches)), source)
+        else:
+            file.seek(0)
+            yield from _numbered(pa.ipc.open_stream(file), source)
+
+
+def _saved_rows(source: Source) -> Iterator[Row]:
+    with _readable(source):
+        for start in range(0, len(source.dataset), ROWS_PER_BATCH):
+            columns = source.dataset[start : start + ROWS_PER_BATCH]
+            for number, values in enumerate(zip(*columns.values(), strict=True), start=start + 1):
+                yield Row(dict(zip(columns, values, strict=True)), f"row {number} of {source.path}")
+
+
+def _numbered(batches: Iterable[pa.RecordBatch], source: Source) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+            for columns in batch.slice(start, ROWS_PER_BATCH).to_pylist():
+                number += 1
+                yield Row(columns, f"row {number} of {source.path}")
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source.path}: is not UTF-8 text ({error.reason} at byte {error.start}).", "Convert the file to UTF-8."
+        ) from None
+    except OSError as error:
+        # pyarrow reports damaged pages as OSError too.
+        raise DataError(
+            f"{source.path}: cannot be read ({first_line(error)}).",
+            "Check the path and its permissions, and that the file is whole.",
+        ) from error
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{source.path}: is not a valid {source.format} file ({first_line(error)}).",
+            "Write or copy it again, or set format to what it is.",
+        ) from error
+
+
+READERS: dict[str, Callable[[Source], Iterator[Row]]] = {
+    "text": _text_rows,
+    "jsonl": _jsonl_rows,
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+    "hf": _saved_rows,
+}
+
+
+def short(value: Any) -> str:
+    """A value as messages quote it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
