@@ -15,6 +15,7 @@ from scaleot_ray.data.examples import IGNORED, TokenExample
 from scaleot_ray.errors import DataError
 
 Batch = dict[str, Tensor]
+_Packed = tuple[Tensor, Tensor]  # token ids and labels of one sequence, int32
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -52,7 +53,7 @@ class TokenBatches:
     ) -> None:
         self.batch_size, self.pad_id, self.seed, self.vocab_size = batch_size, pad_id, seed, vocab_size
         self._examples, self._shuffle, self._buffer = examples, shuffle, shuffle_buffer
-        self._held: list[TokenExample] | None = None
+        self._held: list[_Packed] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -66,41 +67,36 @@ class TokenBatches:
         """
         stream = itertools.islice(self._stream(), start * self.batch_size, None)
         while True:
-            yield collate(list(itertools.islice(stream, self.batch_size)), self.pad_id, self.vocab_size)
+            yield _side_by_side(list(itertools.islice(stream, self.batch_size)), self.pad_id)
 
-    def _stream(self) -> Iterator[TokenExample]:
+    def _stream(self) -> Iterator[_Packed]:
         for epoch in itertools.count():
             order = random.Random(f"{self.seed} {epoch}")
-            if self._held is None:
-                yield from self._read(order)
-            else:
-                yield from self._shuffled(self._held, order)
+            yield from self._read(order) if self._held is None else self._shuffled(self._held, order)
 
-    def _read(self, order: random.Random) -> Iterator[TokenExample]:
-        source = iter(self._examples)
+    def _read(self, order: random.Random) -> Iterator[_Packed]:
+        source = (_pack(example, self.vocab_size) for example in self._examples)
         held = list(itertools.islice(source, self._buffer))
         if not held:
             raise DataError("The dataset gives no example to train on.", "Give a dataset with at least one row.")
         following = next(source, None)
         if following is None:
             self._held = held
-            yield from self._shuffled(held, order)
-            return
-        for example in itertools.chain([following], source):
-            place = order.randrange(len(held)) if self._shuffle else 0
-            if not self._shuffle:
-                yield from held
-                held = [example]
-                continue
-            yield held[place]
-            held[place] = example
+        elif self._shuffle:
+            for example in itertools.chain([following], source):
+                place = order.randrange(len(held))
+                yield held[place]
+                held[place] = example
         yield from self._shuffled(held, order)
+        if following is not None and not self._shuffle:
+            yield following
+            yield from source
 
-    def _shuffled(self, examples: Sequence[TokenExample], order: random.Random) -> Iterator[TokenExample]:
-        indices = list(range(len(examples)))
+    def _shuffled(self, held: Sequence[_Packed], order: random.Random) -> Iterator[_Packed]:
+        indices = list(range(len(held)))
         if self._shuffle:
             order.shuffle(indices)
-        return (examples[index] for index in indices)
+        return (held[index] for index in indices)
 
 
 def fixed(
@@ -126,15 +122,24 @@ def collate(examples: Sequence[TokenExample], pad_id: int, vocab_size: int | Non
     Raises:
         DataError: a token id is not below ``vocab_size``.
     """
-    for example in examples:
-        check_vocabulary(example.input_ids, vocab_size)
-    time = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), time), pad_id, dtype=torch.int64)
-    labels = torch.full((len(examples), time), IGNORED, dtype=torch.int64)
-    mask = torch.zeros((len(examples), time), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids, dtype=torch.int64)
-        labels[row, :length] = torch.tensor(example.labels, dtype=torch.int64)
-        mask[row, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return _side_by_side([_pack(example, vocab_size) for example in examples], pad_id)
+
+
+def _pack(example: TokenExample, vocab_size: int | None) -> _Packed:
+    check_vocabulary(example.input_ids, vocab_size)
+    # A list of Python integers takes five times as much, and thousands of examples wait in the buffer.
+    return torch.tensor(example.input_ids, dtype=torch.int32), torch.tensor(example.labels, dtype=torch.int32)
+
+
+def _side_by_side(sequences: Sequence[_Packed], pad_id: int) -> Batch:
+    shape = len(sequences), max(len(ids) for ids, _ in sequences)
+    batch = {
+        "input_ids": torch.full(shape, pad_id, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED, dtype=torch.int64),
+    }
+    for row, (ids, labels) in enumerate(sequences):
+        batch["input_ids"][row, : len(ids)] = ids
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, : len(ids)] = labels
+    return batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +80,7 @@ def chat_tokens(encoder: Encoder, messages: list[Message], where: str) -> tuple[
             marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
         return _unmarked(encoder, messages)
-    except (TemplateError, TypeError, ValueError) as error:
+    except TemplateError as error:
         raise DataError(
             f"{where}: the tokenizer's chat template refuses the messages ({error}).",
             "Give the roles in the order that the model's template takes.",
@@ -92,7 +91,7 @@ def _unmarked(encoder: Encoder, messages: list[Message]) -> tuple[list[int], lis
     def render(conversation: list[Message]) -> str:
         return str(encoder.tokenizer.apply_chat_template(conversation, tokenize=False))
 
-    specials = [str(token) for token in encoder.tokenizer.added_tokens_decoder.values()]
+    specials = [text for token in encoder.tokenizer.added_tokens_decoder.values() if (text := str(token).strip())]
     whole = render(messages)
     ids = encoder.plain(whole)
     mask = [False] * len(ids)
@@ -109,13 +108,17 @@ def _turn(
     render: Callable[[list[Message]], str], messages: list[Message], index: int, whole: str, specials: list[str]
 ) -> tuple[int, int]:
     other = render([*messages[:index], {**messages[index], "content": _STAND_IN}, *messages[index + 1 :]])
-    start = len(os.path.commonprefix([whole, other]))
-    end = len(whole) - len(os.path.commonprefix([whole[start:][::-1], other[start:][::-1]]))
     if _STAND_IN not in other:
-        return start, start  # the template leaves this turn out
+        return 0, 0  # the template leaves this turn out
+    start = _common(whole, other)
+    end = len(whole) - _common(whole[start:][::-1], other[start:][::-1])
     after = whole[end:].lstrip()
-    for special in specials:
-        # The token that ends the turn is the assistant's to write as well.
-        if special and after.startswith(special):
-            return start, len(whole) - len(after) + len(special)
-    return start, end
+    # The token that ends the turn is the assistant's to write as well.
+    closing = max((special for special in specials if after.startswith(special)), key=len, default="")
+    return start, len(whole) - len(after) + len(closing) if closing else end
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the common start of two texts."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))

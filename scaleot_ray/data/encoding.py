@@ -52,13 +52,9 @@ class Encoder:
         texts = [context[len(stripped) :] + continuation for continuation in continuations]
         if not stripped:
             bos = self.tokenizer.bos_token_id
-            return [self.eos if bos is None else int(bos)], self._batch(texts)
+            return [self.eos if bos is None else int(bos)], [self.plain(text) for text in texts]
         start = self.plain(stripped)
-        wholes = self._batch([stripped + text for text in texts])
-        return self.prefix + start, [whole[len(start) :] for whole in wholes]
-
-    def _batch(self, texts: list[str]) -> list[list[int]]:
-        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        return self.prefix + start, [self.plain(stripped + text)[len(start) :] for text in texts]
 
 
 def check_vocabulary(ids: Iterable[int], vocab_size: int | None) -> None:
