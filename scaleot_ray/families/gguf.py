@@ -1,0 +1,74 @@
+"""The metadata of a GGUF file, read without touching its tensors.
+
+transformers reads the whole file several times; the architecture and the licence are wanted before that.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+
+from scaleot_ray.errors import ConfigError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+Value = str | int | float | bool
+
+
+def gguf_metadata(path: Path) -> dict[str, Value]:
+    """Scalar and string metadata of a GGUF file (arrays, such as the vocabulary, are stepped over).
+
+    Raises:
+        ConfigError: the file is no GGUF file of version 2 or 3, or ends inside its header.
+    """
+    remedy = "Give a complete .gguf file (download it again), or a Hugging Face directory."
+    with path.open("rb") as file:
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                if data[:4] != b"GGUF" or struct.unpack_from("<I", data, 4)[0] not in (2, 3):
+                    raise ConfigError(f"model.path: {path} is no GGUF file of version 2 or 3.", remedy)
+                return _entries(data)
+        # mmap refuses an empty file with ValueError; struct says when the data ends too early.
+        except (struct.error, ValueError, KeyError):
+            raise ConfigError(f"model.path: {path} is cut short or damaged: its header ends early.", remedy) from None
+
+
+def _entries(data: mmap.mmap) -> dict[str, Value]:
+    (count,) = struct.unpack_from("<Q", data, 16)
+    values: dict[str, Value] = {}
+    at = 24
+    for _ in range(count):
+        key, at = _string(data, at)
+        (kind,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if kind == _ARRAY:
+            at = _after_array(data, at)
+        elif kind == _STRING:
+            values[key], at = _string(data, at)
+        else:
+            (values[key],) = struct.unpack_from(_SCALARS[kind], data, at)
+            at += struct.calcsize(_SCALARS[kind])
+    return values
+
+
+def _string(data: mmap.mmap, at: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", data, at)
+    (raw,) = struct.unpack_from(f"<{length}s", data, at + 8)
+    return raw.decode("utf-8", errors="replace"), at + 8 + length
+
+
+def _after_array(data: mmap.mmap, at: int) -> int:
+    kind, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if kind == _ARRAY:
+        for _ in range(count):
+            at = _after_array(data, at)
+        return at
+    if kind != _STRING:
+        return at + count * struct.calcsize(_SCALARS[kind])
+    for _ in range(count):
+        at += 8 + struct.unpack_from("<Q", data, at)[0]
+    return at

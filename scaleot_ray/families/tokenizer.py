@@ -1,0 +1,70 @@
+"""The tokenizer as files that travel inside an artefact, and back."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.families.sources import resolve_source
+
+_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory, Hugging Face id or GGUF file.
+
+    Raises:
+        ConfigError: there is none, or it has no fast (``tokenizer.json``) form.
+    """
+    source = resolve_source(place, "model.tokenizer", ("tokenizer*",))
+    remedy = "Set model.tokenizer to a directory that holds tokenizer.json, or to a model id that has one."
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        if source.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, **options)
+        elif not any(source.glob("tokenizer*")) and not any(source.glob("vocab*")):
+            # transformers would make up an empty tokenizer for some model types.
+            raise ConfigError(f"model.tokenizer: {source} holds no tokenizer.", remedy)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(f"model.tokenizer: {source} holds no tokenizer that can be read ({error}).", remedy) from None
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.tokenizer: {type(tokenizer).__name__} of {source} has no fast form (tokenizer.json).", remedy
+        )
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """``tokenizer.json`` and ``tokenizer_config.json`` (chat template inside) as bytes by file name."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory, save_jinja_files=False)
+        return {name: Path(directory, name).read_bytes() for name in _FILES}
+
+
+def load_tokenizer(files: dict[str, bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer out of an artefact's files; other files in ``files`` are left alone.
+
+    The class named in the files is not looked up: ``tokenizer.json`` says all there is to tokenizing,
+    and what a party sends must not choose the code that runs.
+
+    Raises:
+        ArtifactRefused: a file is missing or unreadable.
+    """
+    remedy = "Ask the model owner to build the emulator again."
+    for name in _FILES:
+        if name not in files:
+            raise ArtifactRefused(f"The artefact holds no {name}.", remedy)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in _FILES:
+            Path(directory, name).write_bytes(files[name])
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        # The tokenizers library raises bare Exception for a damaged file.
+        except Exception as error:
+            raise ArtifactRefused(f"tokenizer.json cannot be read ({error}).", remedy) from None
