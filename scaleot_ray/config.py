@@ -28,7 +28,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -236,9 +236,11 @@ def load_yaml(section: type[Section], path: str | Path, overrides: Iterable[str]
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a YAML file.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text.", "Give the path of a YAML file.") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -263,7 +265,10 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         *path, last = key.split(".")
         for part in path:
             place = _enter(place, part, key)
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {text!r} is not valid YAML.", "Put quotes around it.") from None
         if isinstance(place, list):
             place[_index(place, last, key)] = value
         elif isinstance(place, dict):

@@ -1,0 +1,278 @@
+"""Settings: what is refused says which key and what to do; what people write is understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaleot_ray.config import (
+    DataSettings,
+    EmulatorSettings,
+    ModelSettings,
+    RunSettings,
+    StageOneSettings,
+    TuneSettings,
+    load_yaml,
+    override,
+    parse,
+)
+from scaleot_ray.errors import ConfigError
+
+
+def run_values() -> dict[str, Any]:
+    return {
+        "model": {"path": "model"},
+        "public": {"path": "public.txt"},
+        "tenants": [
+            {"name": "alice", "train": {"path": "a.jsonl"}, "test": {"path": "a-test.jsonl"}},
+            {"name": "bob", "train": {"path": "b.jsonl"}, "test": {"path": "b-test.jsonl"}},
+        ],
+    }
+
+
+def test_defaults_make_a_run() -> None:
+    settings = parse(RunSettings, run_values())
+    assert settings.tune.steps == 100
+    assert settings.evaluator is False
+    assert [tenant.name for tenant in settings.tenants] == ["alice", "bob"]
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "near"),
+    [
+        ({"tune": {"learning_rte": 1e-4}}, "tune.learning_rte", "learning_rate"),
+        ({"emulatr": {}}, "emulatr", "emulator"),
+        ({"stage_one": {"harmoniser_rank": 8}}, "stage_one.harmoniser_rank", "harmonizer_rank"),
+        ({"model": {"path": "m", "dtyp": "float32"}}, "model.dtyp", "dtype"),
+    ],
+)
+def test_unknown_key_names_the_nearest(values: dict[str, Any], key: str, near: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(RunSettings, {**run_values(), **values}, "run.yaml")
+    assert caught.value.problem == f"run.yaml: unknown key {key!r}."
+    assert caught.value.remedy == f"Did you mean {near!r}?"
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_key_inside_a_list_entry() -> None:
+    values = run_values()
+    values["tenants"][1]["train"]["promt_column"] = "question"
+    with pytest.raises(ConfigError) as caught:
+        parse(RunSettings, values, "run.yaml")
+    assert "'tenants.1.train.promt_column'" in caught.value.problem
+    assert "'prompt_column'" in caught.value.remedy
+
+
+def test_unknown_key_without_a_neighbour_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(ModelSettings, {"path": "m", "zzzzzz": 1}, "m.yaml")
+    assert "Known keys there: device, dtype" in caught.value.remedy
+
+
+def test_missing_key_says_what_it_is() -> None:
+    values = run_values()
+    del values["public"]
+    with pytest.raises(ConfigError) as caught:
+        parse(RunSettings, values, "run.yaml")
+    assert caught.value.problem == "run.yaml: 'public' is missing."
+    assert "public text" in caught.value.remedy
+
+    values = run_values()
+    del values["tenants"][1]["test"]["path"]
+    with pytest.raises(ConfigError, match=r"'tenants\.1\.test\.path' is missing"):
+        parse(RunSettings, values, "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        (EmulatorSettings, {"alpha": 2}, "alpha"),
+        (EmulatorSettings, {"alpha": -0.1}, "alpha"),
+        (EmulatorSettings, {"beta": 1}, "beta"),
+        (EmulatorSettings, {"beta": float("nan")}, "beta"),
+        (TuneSettings, {"learning_rate": float("inf")}, "learning_rate"),
+        (EmulatorSettings, {"plug_in_layers": 0}, "plug_in_layers"),
+        (EmulatorSettings, {"layout": "middle"}, "layout"),
+        (EmulatorSettings, {"privacy": "extreme"}, "privacy"),
+        (TuneSettings, {"steps": 0}, "steps"),
+        (TuneSettings, {"steps": 1.5}, "steps"),
+        (TuneSettings, {"learning_rate": "fast"}, "learning_rate"),
+        (TuneSettings, {"learning_rate": 0}, "learning_rate"),
+        (TuneSettings, {"method": "prefix"}, "method"),
+        (StageOneSettings, {"harmonizer_rank": "many"}, "harmonizer_rank"),
+        (DataSettings, {"path": "x", "task": "translation"}, "task"),
+        (ModelSettings, {"path": "x", "dtype": "int4"}, "dtype"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_key(section: Any, values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(section, values, "settings")
+    assert caught.value.problem.startswith(f"settings: {key}: ")
+    assert f"found {values[key]!r}" in caught.value.problem
+    assert caught.value.remedy.startswith(key) or repr(key) in caught.value.remedy
+
+
+def test_two_tenants_of_one_name_are_refused() -> None:
+    values = run_values()
+    values["tenants"][1]["name"] = "alice"
+    with pytest.raises(ConfigError, match="'alice' is used twice"):
+        parse(RunSettings, values)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", ".hidden", "x" * 64])
+def test_tenant_names_are_file_names(name: str) -> None:
+    values = run_values()
+    values["tenants"][0]["name"] = name
+    with pytest.raises(ConfigError, match=r"tenants\.0\.name"):
+        parse(RunSettings, values)
+
+
+def test_a_run_needs_a_tenant() -> None:
+    with pytest.raises(ConfigError, match="tenants"):
+        parse(RunSettings, {**run_values(), "tenants": []})
+
+
+def test_settings_are_immutable() -> None:
+    settings = parse(TuneSettings, {})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["5e-5", "5E-5", "0.00005", "'5e-5'", "5.0e-05"])
+def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_values()) + f"tune:\n  learning_rate: {text}\n")
+    assert load_yaml(RunSettings, path).tune.learning_rate == pytest.approx(5e-5)
+    assert load_yaml(RunSettings, path, ["tune.learning_rate=5e-5"]).tune.learning_rate == pytest.approx(5e-5)
+
+
+class TestOverrides:
+    def test_reach_nested_keys_and_make_sections(self) -> None:
+        values = override({"model": {"path": "m"}}, ["tune.learning_rate=5e-5", "tune.steps=7", "model.path=n"])
+        assert values == {"model": {"path": "n"}, "tune": {"learning_rate": "5e-5", "steps": 7}}
+        assert parse(TuneSettings, values["tune"]).learning_rate == pytest.approx(5e-5)
+
+    def test_leave_the_original_alone(self) -> None:
+        original = run_values()
+        override(original, ["tenants.0.name=carol", "model.path=other"])
+        assert original == run_values()
+
+    def test_reach_list_entries_by_index(self) -> None:
+        settings = parse(RunSettings, override(run_values(), ["tenants.1.name=carol", "tenants.1.tune.steps=3"]))
+        assert settings.tenants[1].name == "carol"
+        assert settings.tenants[1].tune is not None
+        assert settings.tenants[1].tune.steps == 3
+        assert settings.tenants[0].tune is None
+
+    def test_the_last_one_wins(self) -> None:
+        assert override({}, ["a=1", "a=2"]) == {"a": 2}
+
+    def test_values_are_yaml(self) -> None:
+        values = override({}, ["a=true", "b=null", "c=[x, y]", "d=a=b", "e="])
+        assert values == {"a": True, "b": None, "c": ["x", "y"], "d": "a=b", "e": None}
+
+    @pytest.mark.parametrize("item", ["tune.steps", "=3", "", "steps 3"])
+    def test_without_an_equals_sign(self, item: str) -> None:
+        with pytest.raises(ConfigError, match="expected key=value") as caught:
+            override({}, [item])
+        assert "--set" in caught.value.remedy
+
+    @pytest.mark.parametrize("item", ["tenants.2.name=x", "tenants.alice.name=x", "tenants.-1.name=x", "tenants.5=x"])
+    def test_an_index_that_is_not_there(self, item: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            override(run_values(), [item])
+        assert item.partition("=")[0] in caught.value.problem
+
+    @pytest.mark.parametrize("item", ["model.path.deeper=x", "output.a.b=x"])
+    def test_through_something_that_is_no_section(self, item: str) -> None:
+        with pytest.raises(ConfigError, match=item.partition("=")[0].replace(".", r"\.")):
+            override({"model": {"path": "m"}, "output": "o"}, [item])
+
+    def test_broken_yaml_in_a_value(self) -> None:
+        with pytest.raises(ConfigError, match="--set a"):
+            override({}, ["a=[1, 2"])
+
+    def test_an_unknown_key_is_refused_by_its_full_name(self) -> None:
+        with pytest.raises(ConfigError, match="'tune.learning_rat'") as caught:
+            parse(RunSettings, override(run_values(), ["tune.learning_rat=1"]), "--set")
+        assert "'learning_rate'" in caught.value.remedy
+
+    @given(st.floats(min_value=1e-12, max_value=1e3, allow_nan=False))
+    def test_any_number_survives_its_text(self, number: float) -> None:
+        values = override({}, [f"learning_rate={number!r}"])
+        assert parse(TuneSettings, values).learning_rate == number
+
+
+class TestFiles:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+            load_yaml(RunSettings, tmp_path / "none.yaml")
+
+    def test_a_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_yaml(RunSettings, tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "just text", "- a\n- b\n"])
+    def test_no_mapping(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="holds no settings"):
+            load_yaml(RunSettings, path)
+
+    def test_broken_yaml(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text("model: {path: m\ntune: 3")
+        with pytest.raises(ConfigError, match="is not valid YAML") as caught:
+            load_yaml(RunSettings, path)
+        assert "line" in caught.value.problem
+
+    def test_binary(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(b"\xff\xfe\x00\x81")
+        with pytest.raises(ConfigError, match=r"run\.yaml"):
+            load_yaml(RunSettings, path)
+
+    def test_python_objects_are_not_made(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text("model: !!python/object/apply:os.system ['true']\n")
+        with pytest.raises(ConfigError, match="is not valid YAML"):
+            load_yaml(RunSettings, path)
+
+    def test_errors_name_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**run_values(), "emulator": {"alpha": 2}}))
+        with pytest.raises(ConfigError) as caught:
+            load_yaml(RunSettings, path)
+        assert str(path) in caught.value.problem
+        assert "emulator.alpha" in caught.value.problem
+        assert "fraction of the middle layers" in caught.value.remedy
+
+
+def test_every_field_that_needs_words_has_them() -> None:
+    """Fields without a description must speak for themselves: a closed list keeps new ones honest."""
+    plain = {
+        *("text_column", "prompt_column", "completion_column", "messages_column", "choices_column"),
+        *("activation", "batch_size", "learning_rate", "weight_decay", "seed", "builder", "method", "lora_rank"),
+        *("lora_alpha", "bottleneck_width", "warmup_fraction", "max_grad_norm", "gradient_checkpointing"),
+        *("checkpoint_every", "name", "train", "test", "cpus", "gpus", "model", "stage_one", "emulator", "tune"),
+        *("tenants", "owner_gpus"),
+    }
+    from scaleot_ray.config import TenantSettings
+
+    sections = (
+        ModelSettings,
+        DataSettings,
+        StageOneSettings,
+        EmulatorSettings,
+        TuneSettings,
+        TenantSettings,
+        RunSettings,
+    )
+    for section in sections:
+        for name, field in section.model_fields.items():
+            assert field.description or name in plain, f"{section.__name__}.{name} has no description"
