@@ -1,0 +1,129 @@
+"""A tuning run on disk: one safetensors file, replaced as a whole, from which it carries on bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from scaleot_ray.data.batches import Batch
+from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
+
+FORMAT = 1
+_HEADER = "tuning"
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class Checkpoint:
+    """State of a run after a whole number of optimizer steps.
+
+    Attributes:
+        run: what the run is of (settings, model, positions); a run with another one does not resume from it.
+        record: JSON-able rest: step, history, digest of the last batch, best evaluation, loss scale.
+        tensors: trained values, optimizer state, random generators, best values, by prefixed names.
+    """
+
+    run: dict[str, Any]
+    record: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin with ``prefix``, without it."""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    def write(self, path: Path) -> None:
+        """Writes the checkpoint in place of the one at ``path``, which stays whole until this one is.
+
+        Raises:
+            ResourcesMissing: the disk is full; the older checkpoint is still there.
+            RunFailed: the file cannot be written for another reason.
+        """
+        text = json.dumps({"format": FORMAT, "run": self.run, "record": self.record})
+        cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(cpu, temporary, metadata={_HEADER: text})
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error):
+                raise ResourcesMissing(
+                    f"{path}: no room to write a checkpoint ({error}).",
+                    "Free disk space and run again; it carries on from the checkpoint before.",
+                ) from error
+            raise RunFailed(
+                f"{path}: the checkpoint could not be written ({error}).", "Give a folder that can be written."
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at ``path``, or None where there is none.
+
+    Raises:
+        RunFailed: the file is no checkpoint of a tuning run, or is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']}, expected {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return Checkpoint(header["run"], header["record"], tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunFailed(
+            f"{path}: is no readable checkpoint of a tuning run ({error}).", "Delete it; tuning then starts afresh."
+        ) from error
+
+
+def check_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
+    """Refuses a checkpoint of another run.
+
+    Raises:
+        ConfigError: names the first setting that differs, with both values.
+    """
+    expected = json.loads(json.dumps(expected))
+    for key in sorted(expected.keys() | found.keys()):
+        if found.get(key) != expected.get(key):
+            raise ConfigError(
+                f"{path}: the checkpoint is of another run: {key} was {found.get(key)!r}, is {expected.get(key)!r}.",
+                "Go on with what it was started with, or delete the checkpoint to start afresh.",
+            )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A cheap digest of all parameters (hex), to tell models apart by mistake, not by intent.
+
+    Sums of the bits as integers do not depend on the order of summation, so it is the same on any
+    number of threads and on any device.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {int(bits.sum())}\n".encode())
+    return digest.hexdigest()
+
+
+def batch_fingerprint(batch: Batch) -> str:
+    """SHA-256 (hex) of a batch's tokens and labels."""
+    digest = hashlib.sha256()
+    for name in ("input_ids", "labels"):
+        digest.update(f"{tuple(batch[name].shape)}".encode())
+        digest.update(batch[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
