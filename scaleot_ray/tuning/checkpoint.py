@@ -59,7 +59,7 @@ class Checkpoint:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error):
+            if no_room(error):
                 raise ResourcesMissing(
                     f"{path}: no room to write a checkpoint ({error}).",
                     "Free disk space and run again; it carries on from the checkpoint before.",
@@ -69,6 +69,15 @@ class Checkpoint:
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a write failed because the disk, a quota or a limit on file size is full.
+
+    safetensors reports the system's error as text alone.
+    """
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:

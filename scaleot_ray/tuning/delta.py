@@ -78,8 +78,7 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     for name in sorted(found.keys() - expected.keys()):
         raise ArtifactRefused(f"Delta ({method}): tensor {name!r} is none of the plug-in layers'.", remedy)
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise ArtifactRefused(
-                f"Delta ({method}): tensor {name!r} has shape {tuple(found[name].shape)}, the model needs {tuple(shape)}.",
-                remedy,
-            )
+        shape_found = tuple(found[name].shape)
+        if shape_found != tuple(shape):
+            problem = f"Delta ({method}): tensor {name!r} has shape {shape_found}, the model needs {tuple(shape)}."
+            raise ArtifactRefused(problem, remedy)

@@ -54,7 +54,7 @@ class LowRank(PlugInMethod):
         self, model: nn.Module, family: Family, positions: tuple[int, ...], settings: MethodSettings
     ) -> dict[str, nn.Parameter]:
         self._targets = target_modules(family, positions, settings)
-        dtype = delta_dtype(_projection(model, self._targets[0]).weight.dtype)
+        dtype = delta_dtype(dense_weight(_projection(model, self._targets[0])).dtype)
         inject_adapter_in_model(peft_config(model, self._targets, settings), model, ADAPTER)
         parameters = {}
         for name in self._targets:

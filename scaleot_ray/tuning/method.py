@@ -127,6 +127,11 @@ class PlugInMethod(ABC):
     def _detach(self, model: nn.Module) -> None: ...
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether a method's parameters are on ``model``: it is being tuned, or has a delta plugged in."""
+    return model in _ATTACHED
+
+
 def delta_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of a delta's tensors for weights of ``dtype``: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
