@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from scaleot_ray.artifacts.atomic import atomic_directory
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families import family_of
 from scaleot_ray.families.loading import BaseModel, empty_model, tokenizer_files
 from scaleot_ray.plugin.merge import merged_weights
-from scaleot_ray.plugin.new_directory import new_directory
 from scaleot_ray.plugin.plug import check_fits
+from scaleot_ray.tuning.checkpoint import as_os_error
 from scaleot_ray.tuning.delta import Delta
 from scaleot_ray.tuning.lora import peft_config, target_modules
 
@@ -37,8 +39,12 @@ def export_checkpoint(
         ResourcesMissing: the disk is full; nothing is left behind.
     """
     merged = merged_weights(base.model, base.family, delta, scale)
-    with new_directory(directory, overwrite) as partial:
-        base.model.save_pretrained(partial, state_dict={**base.model.state_dict(), **merged})
+    needed = sum(parameter.nbytes for parameter in base.model.parameters())
+    with atomic_directory(directory, needed, "config.json", overwrite) as partial:
+        try:
+            base.model.save_pretrained(partial, state_dict={**base.model.state_dict(), **merged})
+        except SafetensorError as error:
+            raise as_os_error(error) from error
         for name, data in tokenizer_files(base.tokenizer).items():
             (partial / name).write_bytes(data)
         # The model was loaded without a cache to train and score it; whoever generates wants one.
@@ -86,14 +92,14 @@ def export_peft(
     settings.inference_mode = True
     settings.base_model_name_or_path = base
     tensors = {
-        f"base_model.model.{name}.weight": (tensor.detach().cpu() * (scale if name.endswith(".lora_B") else 1.0))
+        f"base_model.model.{name}.weight": (tensor.detach() * (scale if name.endswith(".lora_B") else 1.0)).cpu()
         for name, tensor in delta.tensors.items()
     }
-    with new_directory(directory, overwrite) as partial:
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_directory(directory, needed, "adapter_config.json", overwrite) as partial:
         settings.save_pretrained(str(partial))
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        try:
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise as_os_error(error) from error
     return Path(directory)

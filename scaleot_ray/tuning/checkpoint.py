@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from scaleot_ray.data.batches import Batch
 from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
 
 FORMAT = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEADER = "tuning"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -59,7 +61,7 @@ class Checkpoint:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            if no_room(error):
+            if as_os_error(error).errno in NO_ROOM:
                 raise ResourcesMissing(
                     f"{path}: no room to write a checkpoint ({error}).",
                     "Free disk space and run again; it carries on from the checkpoint before.",
@@ -71,13 +73,12 @@ class Checkpoint:
             temporary.unlink(missing_ok=True)
 
 
-def no_room(error: BaseException) -> bool:
-    """Whether a write failed because the disk, a quota or a limit on file size is full.
-
-    safetensors reports the system's error as text alone.
-    """
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+def as_os_error(error: OSError | SafetensorError) -> OSError:
+    """The system's error behind what writing a safetensors file raised, which says it as text alone."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code.group(1)), str(error)) if code else OSError(str(error))
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
