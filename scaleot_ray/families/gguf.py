@@ -1,6 +1,7 @@
 """The metadata of a GGUF file, read without touching its tensors.
 
-transformers reads the whole file several times; the architecture and the licence are wanted before that.
+transformers takes seconds for the same; the architecture, the licence and whether the file is whole are
+wanted before that.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -8,7 +9,10 @@ from __future__ import annotations
 
 import mmap
 import struct
+from math import prod
 from pathlib import Path
+
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from scaleot_ray.errors import ConfigError
 
@@ -22,7 +26,7 @@ def gguf_metadata(path: Path) -> dict[str, Value]:
     """Scalar and string metadata of a GGUF file (arrays, such as the vocabulary, are stepped over).
 
     Raises:
-        ConfigError: the file is no GGUF file of version 2 or 3, or ends inside its header.
+        ConfigError: the file is no GGUF file of version 2 or 3, or ends before its last tensor does.
     """
     remedy = "Give a complete .gguf file (download it again), or a Hugging Face directory."
     with path.open("rb") as file:
@@ -30,13 +34,18 @@ def gguf_metadata(path: Path) -> dict[str, Value]:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if data[:4] != b"GGUF" or struct.unpack_from("<I", data, 4)[0] not in (2, 3):
                     raise ConfigError(f"model.path: {path} is no GGUF file of version 2 or 3.", remedy)
-                return _entries(data)
+                values, at = _entries(data)
+                missing = _tensors_end(data, at, int(values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
+                missing -= len(data)
         # mmap refuses an empty file with ValueError; struct says when the data ends too early.
         except (struct.error, ValueError, KeyError):
             raise ConfigError(f"model.path: {path} is cut short or damaged: its header ends early.", remedy) from None
+    if missing > 0:
+        raise ConfigError(f"model.path: {path} is cut short: {missing} bytes of its tensors are missing.", remedy)
+    return values
 
 
-def _entries(data: mmap.mmap) -> dict[str, Value]:
+def _entries(data: mmap.mmap) -> tuple[dict[str, Value], int]:
     (count,) = struct.unpack_from("<Q", data, 16)
     values: dict[str, Value] = {}
     at = 24
@@ -51,7 +60,22 @@ def _entries(data: mmap.mmap) -> dict[str, Value]:
         else:
             (values[key],) = struct.unpack_from(_SCALARS[kind], data, at)
             at += struct.calcsize(_SCALARS[kind])
-    return values
+    return values, at
+
+
+def _tensors_end(data: mmap.mmap, at: int, alignment: int) -> int:
+    """Offset of the first byte after the last tensor, from the tensor table that begins at ``at``."""
+    (count,) = struct.unpack_from("<Q", data, 8)
+    end = 0
+    for _ in range(count):
+        _, at = _string(data, at)
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        shape = struct.unpack_from(f"<{dimensions}Q", data, at + 4)
+        kind, offset = struct.unpack_from("<IQ", data, at + 4 + 8 * dimensions)
+        at += 16 + 8 * dimensions
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        end = max(end, offset + prod(shape) // block * size)
+    return -(-at // alignment) * alignment + end
 
 
 def _string(data: mmap.mmap, at: int) -> tuple[str, int]:

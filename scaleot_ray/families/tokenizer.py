@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         if source.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, **options)
+            tokenizer = _as_in_file(AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, **options))
         elif not any(source.glob("tokenizer*")) and not any(source.glob("vocab*")):
             # transformers would make up an empty tokenizer for some model types.
             raise ConfigError(f"model.tokenizer: {source} holds no tokenizer.", remedy)
@@ -38,6 +39,20 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
             f"model.tokenizer: {type(tokenizer).__name__} of {source} has no fast form (tokenizer.json).", remedy
         )
     return tokenizer
+
+
+def _as_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    # transformers gives some GGUF tokenizers a token of its own (<|endoftext|>) behind the last one of
+    # the file, for which the model has no embedding.
+    files = tokenizer_files(tokenizer)
+    content = json.loads(files["tokenizer.json"])
+    vocabulary = content["model"]["vocab"]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
+    kept = [token for token in content["added_tokens"] if token["content"] in known]
+    if len(kept) == len(content["added_tokens"]):
+        return tokenizer
+    content["added_tokens"] = kept
+    return load_tokenizer({**files, "tokenizer.json": json.dumps(content).encode()})
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
