@@ -7,6 +7,7 @@ bfloat16, so those tensors are seen through uint16.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Hash and finite check go through a tensor together, so that each piece is read from memory once and
 # the check's temporaries stay small beside a large embedding.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
@@ -46,10 +47,12 @@ def raw_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 def fingerprint(tensor: torch.Tensor) -> tuple[str, bool]:
     """SHA-256 (hex) of a contiguous CPU tensor's raw bytes, and whether all its values are finite."""
     values, data = tensor.detach().view(-1), raw_bytes(tensor)
-    digest, finite = hashlib.sha256(), True
+    digest, finite, size = hashlib.sha256(), True, tensor.element_size()
     for start in range(0, values.numel(), _CHUNK):
-        size = values.element_size()
         digest.update(data[start * size : (start + _CHUNK) * size].data)
         if finite and values.is_floating_point():
-            finite = bool(torch.isfinite(values[start : start + _CHUNK]).all())
+            # The extremes of a piece are finite exactly when all of it is (aminmax hands NaN on); an
+            # order of magnitude faster than isfinite on every value.
+            low, high = torch.aminmax(values[start : start + _CHUNK])
+            finite = math.isfinite(low.item()) and math.isfinite(high.item())
     return digest.hexdigest(), finite

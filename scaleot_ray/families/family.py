@@ -43,6 +43,7 @@ class Family:
         attention: query, key, value and output projections (what rank compression works on).
         mlp: the MLP's projections.
         returns_tuple: whether a decoder layer returns ``(hidden_states, …)`` instead of a tensor.
+        transposed: whether its projections are Conv1D, which store their weight as (in, out).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     attention: tuple[Projection, ...]
     mlp: tuple[Projection, ...]
     returns_tuple: bool = False
+    transposed: bool = False
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order; replacing an entry replaces the layer."""

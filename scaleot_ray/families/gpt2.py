@@ -16,4 +16,5 @@ GPT2 = Family(
     layers_path="transformer.h",
     attention=(Projection("attn.c_attn", stacked_rows(_query_key_value)), Projection("attn.c_proj")),
     mlp=(Projection("mlp.c_fc"), Projection("mlp.c_proj")),
+    transposed=True,
 )

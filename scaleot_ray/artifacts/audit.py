@@ -1,0 +1,109 @@
+"""The audit log: one line for every crossing, sent or refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from scaleot_ray.errors import ResourcesMissing
+
+_LOG = logging.getLogger(__name__)
+
+
+class AuditLog:
+    """An append-only file of JSON lines that several processes may write at once.
+
+    Each line has ``time`` (ISO 8601, UTC), ``sender``, ``recipient``, ``kind``, ``bytes``, ``digest``,
+    ``decision`` and ``reason``, is one write and is on the disk when :meth:`record` returns.
+
+    Attributes:
+        damaged: numbers (from 1) of the lines that the latest :meth:`read` left out, because a
+            process died while writing them.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.damaged: list[int] = []
+
+    def record(
+        self,
+        sender: str,
+        recipient: str,
+        kind: str,
+        bytes: int,
+        digest: str,
+        decision: Literal["sent", "refused"] = "sent",
+        reason: str | None = None,
+    ) -> None:
+        """Appends one crossing. ``reason`` says why one was refused.
+
+        Raises:
+            ResourcesMissing: the line cannot be written; what it is about must not cross then.
+        """
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "sender": sender,
+            "recipient": recipient,
+            "kind": kind,
+            "bytes": bytes,
+            "digest": digest,
+            "decision": decision,
+            "reason": reason,
+        }
+        try:
+            with self._appending() as (handle, size):
+                # A line that a dying process cut short must not swallow this one.
+                start = b"" if size == 0 or os.pread(handle, 1, size - 1) == b"\n" else b"\n"
+                data = start + json.dumps(line).encode() + b"\n"
+                try:
+                    if os.write(handle, data) != len(data):
+                        raise OSError("the disk took only part of the line")
+                    os.fsync(handle)
+                except OSError:
+                    os.ftruncate(handle, size)
+                    raise
+        except OSError as error:
+            raise ResourcesMissing(
+                f"audit log {self.path}: cannot be written ({error.strerror or error}).",
+                "Free some room, or name an audit log that may be written; nothing crosses without its line.",
+            ) from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete lines, oldest first; an empty list where there is no log yet.
+
+        Lines cut short by a process that died are left out, listed in :attr:`damaged` and logged as a
+        warning.
+        """
+        self.damaged = []
+        entries = []
+        text = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict) and "decision" in entry:
+                entries.append(entry)
+            else:
+                self.damaged.append(number)
+        if self.damaged:
+            _LOG.warning("audit log %s: incomplete lines %s; their crossings are not known", self.path, self.damaged)
+        return entries
+
+    @contextmanager
+    def _appending(self) -> Iterator[tuple[int, int]]:
+        """An open handle under an exclusive lock, and the file's size."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield handle, os.fstat(handle).st_size
+        finally:
+            os.close(handle)

@@ -1,0 +1,124 @@
+"""The card of an artefact: a short README that says what it is, where it comes from and what it reveals."""
+
+from __future__ import annotations
+
+from scaleot_ray.artifacts.inspect import layer_picture, parameters_by_role
+from scaleot_ray.artifacts.manifest import DeltaContent, EmulatorContent, Manifest, MetricsContent
+
+
+def model_card(manifest: Manifest, source: str, licence: str) -> str:
+    """Markdown text of an artefact's card; it is stored as ``README.md``.
+
+    Args:
+        manifest: of the artefact without its card.
+        source: the base model, as the user named it.
+        licence: the base model's licence notice.
+    """
+    content = manifest.content
+    if isinstance(content, EmulatorContent):
+        title, parts = "Emulator", _emulator(manifest, content)
+    elif isinstance(content, DeltaContent):
+        title, parts = "Delta", _delta(manifest, content)
+    else:
+        title, parts = "Metrics", _metrics(content)
+    source = " ".join(source.replace("`", "'").split())
+    notice = "\n".join(f"> {line}".rstrip() for line in licence.strip().splitlines() or ["not stated"])
+    base = (
+        f"Base model: `{source}` (family {manifest.family or 'not stated'}).\n"
+        f"Its licence notice, which also applies to what is made from it:\n\n{notice}"
+    )
+    return "\n\n".join([f"# {title} for `{source}`", base, *parts]) + "\n"
+
+
+def _emulator(manifest: Manifest, content: EmulatorContent) -> list[str]:
+    triplet = f"({content.plug_in_layers}, {content.alpha:g}, {content.beta:g})"
+    built = [
+        f"- Builder `{content.builder}`, triplet (plug-in layers, α, β) = {triplet}, layout `{content.layout}`.",
+    ]
+    if content.harmonizer is not None:
+        built.append(
+            f"- Replaced layers have a harmonizer each: x + W_up · act(W_down x + b_d) + b_u, rank "
+            f"{content.harmonizer.rank}, {content.harmonizer.activation}, fitted on the owner's public text."
+        )
+    built.append(f"- {_loss(content)}")
+    return [
+        "## How it was built",
+        "\n".join(built),
+        f"Layers, from the input on:\n\n```\n{layer_picture(content.layer_map)}\n```",
+        "## What it reveals",
+        "\n".join(f"- {line}" for line in _revealed(manifest, content)),
+        "## What it is for",
+        "A data owner tunes the plug-in layers on it with data that stays at home, and returns only what changed "
+        "(a delta). The delta then goes into the full model. The emulator is no replacement for the full model.",
+    ]
+
+
+def _loss(content: EmulatorContent) -> str:
+    if content.full_loss is None or content.emulator_loss is None or content.loss_margin is None:
+        return "Its loss on public text was not measured."
+    return (
+        f"Loss on public held-out text, nats per token: full model {content.full_loss:.3f}, "
+        f"emulator {content.emulator_loss:.3f}, margin {content.loss_margin:+.3f}."
+    )
+
+
+def _revealed(manifest: Manifest, content: EmulatorContent) -> list[str]:
+    counts = parameters_by_role(manifest)
+    kept = [index for index, role in enumerate(content.layer_map) if role == "kept"]
+    lines = [
+        f"{100 * content.verbatim_share:.1f} % of the full model's parameters are in it verbatim "
+        f"({content.verbatim_parameters:,} of {content.full_parameters:,}).",
+        f"Embeddings, output head and final norm leave verbatim ({counts['outside_layers']:,} parameters).",
+        f"Plug-in layers leave verbatim: {_numbers(content.plug_in_positions)} ({counts['plug_in']:,} parameters).",
+    ]
+    if kept and content.beta > 0:
+        lines.append(
+            f"Kept layers {_numbers(kept)}: attention weights are cut in rank by β = {content.beta:g}; "
+            f"their MLP, norms and biases leave verbatim ({counts['kept']:,} parameters)."
+        )
+    elif kept:
+        lines.append(f"Kept layers leave verbatim: {_numbers(kept)} ({counts['kept']:,} parameters).")
+    if "replaced" in content.layer_map:
+        lines.append("Of replaced layers nothing leaves but what a harmonizer learnt of their behaviour.")
+    if "dropped" in content.layer_map:
+        lines.append("Of dropped layers nothing leaves.")
+    if not content.protected:
+        lines.append("**It hides nothing and must not be sent**; it was built for an experiment.")
+    lines.append(
+        "A loss margin is no proof: whoever holds the emulator can go on training it on public text and win "
+        "back part of what is missing."
+    )
+    return lines
+
+
+def _delta(manifest: Manifest, content: DeltaContent) -> list[str]:
+    settings = ", ".join(
+        f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in content.settings.items()
+    )
+    parameters = sum(entry.parameters for entry in manifest.tensors.values())
+    return [
+        "## How it was made",
+        f"Plug-in layers {_numbers(content.positions)} tuned by the method `{content.method}`"
+        + (f" ({settings})" if settings else "")
+        + f" on emulator `{manifest.parent_digest}`.",
+        "## What it reveals",
+        f"{parameters:,} numbers that tuning on private data changed, and nothing else. Such numbers can still "
+        "tell something about the data they were tuned on; no differential privacy was applied.",
+        "## What it is for",
+        "It goes into the full model whose emulator it was tuned on, and into no other.",
+    ]
+
+
+def _metrics(content: MetricsContent) -> list[str]:
+    return ["## What it reveals", f"{len(content.values)} numbers: {', '.join(content.values)}."]
+
+
+def _numbers(values: tuple[int, ...] | list[int]) -> str:
+    """Layer numbers with runs drawn together, e.g. ``0-1, 5, 28-29``."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,85 @@
+"""A manifest as a file: strict JSON in, readable JSON out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from scaleot_ray.artifacts.manifest import CONTENT, KINDS, MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from scaleot_ray.errors import ArtifactRefused
+
+MANIFEST_LIMIT = 64 << 20
+"""Bytes of the largest manifest that is read; 100,000 tensors need about 30 MB."""
+
+_REMEDY = "Fetch the artefact again from its sender, or build it again; manifests are not edited by hand."
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """The text of ``manifest.json``."""
+    return (json.dumps(manifest.model_dump(mode="json"), indent=2, allow_nan=False) + "\n").encode()
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in the text of a ``manifest.json``.
+
+    Raises:
+        ArtifactRefused: the text is too long or no strict JSON (a key twice, NaN), comes from a newer
+            schema, or a field is unknown, missing or not what it must be; the message names the field.
+    """
+    if len(data) > MANIFEST_LIMIT:
+        raise _refused(f"has more than {MANIFEST_LIMIT} bytes")
+    values = _strict_json(data)
+    version, kind = values.get("schema_version"), values.get("kind")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise ArtifactRefused(
+            f"{MANIFEST_FILE}: schema_version is {version}, newer than this library reads ({SCHEMA_VERSION}).",
+            "Upgrade scaleot_ray to the version that wrote the artefact, or later.",
+        )
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise _refused(f"schema_version is {version!r}, expected {SCHEMA_VERSION}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise _refused(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    try:
+        # Alone first: the union of contents would report the fields of the kinds it is not.
+        CONTENT[kind].model_validate_json(json.dumps(values.get("content")), strict=True)
+    except ValidationError as error:
+        raise _refused(_first(error, ("content",))) from None
+    try:
+        return Manifest.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise _refused(_first(error, ())) from None
+
+
+def _strict_json(data: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise _refused(f"the key {key!r} is there twice")
+            result[key] = value
+        return result
+
+    def constant(name: str) -> None:
+        raise _refused(f"{name} is no JSON number")
+
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+        json.dumps(values, allow_nan=False)  # 1e999 reads as infinity
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"is no valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise _refused("holds no JSON object")
+    return values
+
+
+def _first(error: ValidationError, place: tuple[str, ...]) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in (*place, *first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _refused(problem: str) -> ArtifactRefused:
+    return ArtifactRefused(f"{MANIFEST_FILE}: {problem}.", _REMEDY)
