@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 import transformers
-from scaleot_ray.artifacts import Artifact
-from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
-from scaleot_ray.families.loading import empty_model
 from torch import nn
 
+from scaleot_ray.artifacts import Artifact
+from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
 from scaleot_ray.emulator.harmonizer import DroppedLayer, Harmonizer
 from scaleot_ray.emulator.layer_map import LayerRole
 from scaleot_ray.emulator.rank_compression import LowRankLinear
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import Family, family_of, hidden_size
+from scaleot_ray.families.loading import empty_model
 
 
 def emulator_content(manifest: Manifest) -> EmulatorContent:
@@ -49,8 +49,19 @@ def assemble(artifact: Artifact, device: torch.device | str = "cpu") -> Any:
         ArtifactRefused: the artefact is no emulator, or its tensors do not make a whole model.
     """
     content, config = emulator_content(artifact.manifest), emulator_config(artifact.manifest)
-    family = family_of(config)
     dtype = getattr(torch, artifact.manifest.dtype or "float32")
+    return assemble_tensors(config, content, artifact.tensors, dtype, device)
+
+
+def assemble_tensors(
+    config: Any,
+    content: EmulatorContent,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """:func:`assemble`, from the parts of an artefact."""
+    family = family_of(config)
     model = empty_model(config, dtype)
     layers = family.layers(model)
     if len(layers) != len(content.layer_map):
@@ -58,26 +69,30 @@ def assemble(artifact: Artifact, device: torch.device | str = "cpu") -> Any:
             f"manifest: layer_map has {len(content.layer_map)} entries, the model has {len(layers)} layers.",
             "Ask the model owner for the emulator again.",
         )
-    with torch.device("meta"):
-        for index, role in enumerate(content.layer_map):
-            if LayerRole(role) is LayerRole.DROPPED:
-                layers[index] = DroppedLayer(family.returns_tuple)
-            elif LayerRole(role) is LayerRole.REPLACED:
-                rank = artifact.tensors[family.layer_prefix(index) + "down.weight"].shape[0]
-                activation = content.harmonizer.activation if content.harmonizer else "silu"
-                layers[index] = Harmonizer(hidden_size(config), rank, activation, family.returns_tuple)
     for index, role in enumerate(content.layer_map):
-        if LayerRole(role) is LayerRole.KEPT:
-            _place_factors(layers[index], family, family.layer_prefix(index), config, artifact.tensors)
-
-    tensors = {name: tensor.to(device) for name, tensor in artifact.tensors.items()}
-    found = model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    bare = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if bare or found.unexpected_keys:
-        name = (bare + found.unexpected_keys)[0]
+        if LayerRole(role) is LayerRole.DROPPED:
+            layers[index] = DroppedLayer(family.returns_tuple)
+        elif LayerRole(role) is LayerRole.REPLACED:
+            spec = content.harmonizer
+            assert spec is not None  # the manifest's own check
+            with torch.device("meta"):
+                layers[index] = Harmonizer(hidden_size(config), spec.rank, spec.activation, family.returns_tuple)
+        elif LayerRole(role) is LayerRole.KEPT:
+            _place_factors(layers[index], family, family.layer_prefix(index), config, tensors)
+    try:
+        unexpected = model.load_state_dict(
+            {name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True
+        ).unexpected_keys
+    except RuntimeError as error:
         raise ArtifactRefused(
-            f"tensor {name!r} is {'missing from' if bare else 'not part of'} the emulator.",
+            f"the emulator's tensors do not fit its model: {error}.", "Ask the model owner for the emulator again."
+        ) from None
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or unexpected:
+        name = (missing + unexpected)[0]
+        raise ArtifactRefused(
+            f"tensor {name!r} is {'missing from' if missing else 'not part of'} the emulator.",
             "Ask the model owner for the emulator again.",
         )
     model.to(device)

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.card import model_card
-from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
-from scaleot_ray.families.loading import BaseModel, tokenizer_files
 from torch import nn
 
+from scaleot_ray.artifacts import Artifact
+from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
 from scaleot_ray.config import EmulatorSettings
-from scaleot_ray.emulator.assemble import assemble
+from scaleot_ray.emulator.assemble import assemble_tensors
 from scaleot_ray.emulator.baselines.uniform_drop import uniformly_dropped
 from scaleot_ray.emulator.layer_map import (
     LayerRole,
@@ -28,6 +27,7 @@ from scaleot_ray.emulator.rank_compression import compress
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families import as_stored, dense_weight, layer_count
+from scaleot_ray.families.loading import BaseModel, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,20 @@ def build_emulator(
         emulator_loss=None,
         protected=bool(hidden),
     )
-    files = tokenizer_files(base.tokenizer)
-    artifact = _artifact(base, content, tensors, files)
     if held_out:
-        content.emulator_loss = mean_loss(assemble(artifact, next(base.model.parameters()).device), held_out)
-        artifact = _artifact(base, content, tensors, files)
-    return artifact
+        dtype, device = base.model.dtype, next(base.model.parameters()).device
+        emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
+        content = content.model_copy(update={"emulator_loss": mean_loss(emulator, held_out)})
+    artifact = Artifact.create(
+        "emulator",
+        content,
+        tensors,
+        files=tokenizer_files(base.tokenizer),
+        family=base.family.name,
+        model_config=base.model.config.to_dict(),
+    )
+    card = model_card(artifact.manifest, base.source, base.licence)
+    return artifact.with_files({"README.md": card.encode()})
 
 
 def choose_layers(layers: int, stage_one: StageOne | None, settings: EmulatorSettings) -> list[LayerRole]:
@@ -118,18 +126,6 @@ def _harmonizer_spec(stage_one: StageOne | None, roles: Iterable[LayerRole]) -> 
     if stage_one is None or LayerRole.REPLACED not in set(roles):
         return None
     return HarmonizerSpec(rank=stage_one.settings.harmonizer_rank, activation=stage_one.settings.activation)
-
-
-def _artifact(
-    base: BaseModel, content: EmulatorContent, tensors: dict[str, torch.Tensor], files: dict[str, bytes]
-) -> Artifact:
-    def create(files: dict[str, bytes]) -> Artifact:
-        return Artifact.create(
-            "emulator", content, tensors, files=files, family=base.family.name, model_config=base.model.config.to_dict()
-        )
-
-    card = model_card(create({}).manifest, base.source, base.licence)
-    return create(files | {"README.md": card.encode()})
 
 
 def _tensors(

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.closed_form import collect_statistics, fit_harmonizer
+from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
 from scaleot_ray.emulator.importance import LayerScores
 from scaleot_ray.emulator.stage_one import StageOne
@@ -80,13 +81,6 @@ def train_stage_one(
 def language_model_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of the next token, nats: logits (b, t, v), labels (b, t), −100 ignored."""
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-
-
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher ‖ student) over positions, nats; logits (batch, time, vocabulary)."""
-    student = functional.log_softmax(student.flatten(0, 1).float(), dim=-1)
-    teacher = functional.log_softmax(teacher.flatten(0, 1).float(), dim=-1)
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 class _Trainer:
