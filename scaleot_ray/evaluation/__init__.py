@@ -1,0 +1,1 @@
+"""How good a model is: loss, multiple choice, the standard table and the recovered gain G."""

@@ -1,0 +1,107 @@
+"""The standard table: five rows per data owner, Δ and recovered gain G (offsite-tuning literature; ScaleOT §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scaleot_ray.evaluation.gain import MINIMUM_BLOCKS, Gain, difference, gain_between, unusable
+from scaleot_ray.evaluation.score import Blocks, Score
+
+ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
+# Measures beside the metric itself, shown in a section of their own.
+_SECONDARY = {"loss": (), "accuracy": ("normalised", "log_likelihood")}
+
+
+@dataclass
+class TenantTable:
+    """The standard table of one data owner.
+
+    Attributes:
+        name: the data owner.
+        metric: ``loss`` (nats per token, lower is better) or ``accuracy``.
+        rows: score by row name out of ``ROWS``; a row that was not measured is None or left out.
+    """
+
+    name: str
+    metric: str
+    rows: Mapping[str, Score | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for row, score in self.rows.items():
+            if row not in ROWS:
+                raise ValueError(f"{row!r} is no row of the standard table: {ROWS}")
+            if score is not None and score.metric != self.metric:
+                raise ValueError(f"{row} holds {score.metric}, the table {self.metric}")
+
+    def value(self, row: str) -> float | None:
+        """The metric's value in a row; None where it was not measured."""
+        score = self.rows.get(row)
+        return None if score is None else float(score.value)
+
+    def blocks(self, row: str, measure: str) -> Blocks | None:
+        """A measure of a row block by block; None where it is not known."""
+        score = self.rows.get(row)
+        return None if score is None else score.blocks(measure)
+
+
+def recovered_gain(table: TenantTable, seed: int = 0, samples: int = 2000, measure: str | None = None) -> Gain:
+    """G of a table; ``measure`` is the table's metric unless another one is named.
+
+    Raises:
+        DataError: the rows were not measured on the same blocks.
+    """
+    found: list[Blocks] = []
+    for row in ("full_zero_shot", "plug_in", "full_tuned"):
+        if table.rows.get(row) is None:
+            return unusable(f"{row} was not measured.")
+        blocks = table.blocks(row, measure or table.metric)
+        if blocks is None:
+            return unusable(f"{row} is known as a number only, without its blocks.")
+        found.append(blocks)
+    full_zero_shot, plug_in, full_tuned = found
+    return gain_between(full_zero_shot, plug_in, full_tuned, seed, samples)
+
+
+def table_json(table: TenantTable, seed: int = 0, samples: int = 2000) -> dict[str, Any]:
+    """The table as plain JSON.
+
+    Keys: ``name``, ``metric``, the five rows (number or null), ``delta`` = plug_in − emulator_tuned,
+    ``delta_interval`` ([low, high] or null), ``gain`` {value, low, high, usable, reason}; for accuracy also
+    ``normalised`` and ``log_likelihood``, each with the same keys from the rows on; ``blocks``: test rows measured.
+    """
+    result: dict[str, Any] = {"name": table.name, "metric": table.metric}
+    result.update(_section(table, table.metric, seed, samples))
+    for measure in _SECONDARY[table.metric]:
+        result[measure] = _section(table, measure, seed, samples)
+    measured = [blocks for row in ROWS if (blocks := table.blocks(row, table.metric)) is not None]
+    result["blocks"] = len(measured[0].counts) if measured else None
+    return result
+
+
+def _section(table: TenantTable, measure: str, seed: int, samples: int) -> dict[str, Any]:
+    values: dict[str, float | None] = {}
+    for row in ROWS:
+        blocks = table.blocks(row, measure)
+        reported = table.value(row) if measure == table.metric else None
+        values[row] = reported if blocks is None else blocks.mean
+    plug_in, tuned = values["plug_in"], values["emulator_tuned"]
+    after, before = table.blocks("plug_in", measure), table.blocks("emulator_tuned", measure)
+    interval = None
+    if after is not None and before is not None and len(after.counts) >= MINIMUM_BLOCKS:
+        spread = difference(after, before, seed, samples)
+        interval = [spread.low, spread.high]
+    gain = recovered_gain(table, seed, samples, measure)
+    return {
+        **values,
+        "delta": None if plug_in is None or tuned is None else plug_in - tuned,
+        "delta_interval": interval,
+        "gain": {
+            "value": gain.value,
+            "low": gain.low,
+            "high": gain.high,
+            "usable": gain.usable,
+            "reason": gain.reason,
+        },
+    }
