@@ -152,8 +152,9 @@ def _score(model: Any, batch: Sequence[_Sequence], pad_id: int, sums: list[np.nd
             start = line * time + sequence.start
             positions += range(start, start + len(answer))
             targets += answer
-    check_tokens(model, input_ids)
-    scored = log_likelihoods(model, input_ids, mask, torch.tensor(positions), torch.tensor(targets)).numpy()
+    wanted = torch.tensor(targets)
+    check_tokens(model, input_ids, wanted)
+    scored = log_likelihoods(model, input_ids, mask, torch.tensor(positions), wanted).numpy()
     at = 0
     for sequence in batch:
         for row, choice, answer in sequence.answers:

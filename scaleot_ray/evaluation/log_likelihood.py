@@ -31,17 +31,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_tokens(model: Any, input_ids: Tensor) -> None:
+def check_tokens(model: Any, input_ids: Tensor, targets: Tensor) -> None:
     """Refuses input that the model has no embedding or no position for.
 
     Args:
         model: a causal LM.
         input_ids: (batch, time) int64, on the CPU.
+        targets: tokens to be predicted, int64 of any shape; negative ones (no label) do not count.
 
     Raises:
         DataError: a sequence is longer than the model's context, or a token id beyond its vocabulary.
     """
-    check_vocabulary([int(input_ids.max())], model.get_input_embeddings().weight.shape[0])
+    check_vocabulary([int(input_ids.max()), int(targets.max())], model.get_input_embeddings().weight.shape[0])
     positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if positions is not None and input_ids.shape[1] > positions:
         raise DataError(

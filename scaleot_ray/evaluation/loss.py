@@ -92,7 +92,7 @@ def evaluate_loss(
 
 def _block_losses(model: Any, batch: Batch, index: int) -> tuple[list[float], list[int]]:
     labels = batch["labels"].cpu()
-    check_tokens(model, batch["input_ids"].cpu())
+    check_tokens(model, batch["input_ids"].cpu(), labels)
     wanted = labels[:, 1:] != IGNORED  # position t predicts token t + 1
     counts = wanted.sum(dim=1)
     sums = torch.zeros(len(labels), dtype=torch.float64)
