@@ -86,11 +86,19 @@ def _in_file(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError):
         return  # sources for another Python, such as templates
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=True)
             if text is not None:
                 yield text.strip()
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    # Docstrings hang on statements; ast.walk would go through every expression as well, most of the time.
+    yield node
+    for block in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, block, ()):
+            yield from _statements(child)
 
 
 def _proper(texts: list[str]) -> list[str]:
