@@ -1,0 +1,147 @@
+"""Build: full model and public text → an emulator artefact on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaleot_ray import __version__
+from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.artifacts.storage import read_artifact, write_artifact
+from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator
+from scaleot_ray.emulator.layer_replace import mean_loss, train_stage_one
+from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.families.loading import BaseModel, load_base_model, model_digest
+from scaleot_ray.progress import OnProgress
+from scaleot_ray.stages.identity import data_digest, identity
+from scaleot_ray.stages.public_text import PublicText, read_public_text
+from scaleot_ray.stages.record import read_record, write_record
+
+
+@dataclass
+class BuildResult:
+    """What :func:`build` made.
+
+    Attributes:
+        directory: the emulator artefact.
+        manifest: its manifest.
+        reused_stage_one: whether stage 1 was finished before.
+        seconds: by part: ``load``, ``stage_one``, ``emulator``.
+        privacy: for a privacy level: what it requires and what was reached; None for a given (α, β).
+    """
+
+    directory: Path
+    manifest: Manifest
+    reused_stage_one: bool
+    seconds: dict[str, float]
+    privacy: dict[str, Any] | None
+
+
+def build(
+    model: ModelSettings | BaseModel,
+    public: DataSettings,
+    stage_one: StageOneSettings,
+    emulator: EmulatorSettings,
+    output: Path,
+    *,
+    cache: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> BuildResult:
+    """Builds an emulator, with stage 1 first unless its result is known already.
+
+    Args:
+        model: the full model, or where to load it from.
+        public: the owner's public text.
+        stage_one: settings of stage 1.
+        emulator: which emulator.
+        output: folder of the artefact.
+        cache: folder of stage-1 results by digest of model, data and settings. An interrupted stage 1
+            goes on from its checkpoint there. None keeps nothing.
+        resume: if ``output`` holds the very emulator that would be built, take it as it is.
+        overwrite: replace another artefact in ``output``.
+        on_progress: hears of the stages ``closed form``, ``layer damage`` and ``stage 1``.
+
+    Raises:
+        ConfigError: settings are out of range or hide nothing, or ``output`` exists.
+        DataError: the public text cannot be read or is too short.
+        RunFailed: a loss is not finite.
+        ResourcesMissing: memory or disk do not suffice.
+    """
+    seconds: dict[str, float] = {}
+    if output.exists() and not (resume or overwrite):
+        raise ConfigError(f"output: {output} exists already.", "Give another folder, or --overwrite.")
+    with _timed(seconds, "load"):
+        base = model if isinstance(model, BaseModel) else load_base_model(model)
+        digest = model_digest(base.model)
+        key = identity(version=__version__, model=digest, public=data_digest(public), stage_one=stage_one)
+        folder = cache / key[:16] if cache is not None else None
+    record = None
+    if folder is not None:
+        which = identity(emulator=emulator, source=base.source, licence=base.licence)
+        record = folder / f"emulator-{which[:16]}.json"
+        if resume and (found := _finished(output, record)) is not None:
+            return BuildResult(output, found[0], True, seconds | {"stage_one": 0.0, "emulator": 0.0}, found[1])
+    text = read_public_text(public, base, stage_one)
+    with _timed(seconds, "stage_one"):
+        result, reused = None, False
+        if emulator.builder == "scaleot":
+            result, reused = _stage_one(base, text, stage_one, folder, on_progress)
+    with _timed(seconds, "emulator"):
+        facts = FullModelFacts(digest, _full_loss(base, text, folder))
+        artifact = build_emulator(base, result, emulator, facts, text.held_out)
+        write_artifact(artifact, output, overwrite=overwrite)
+        if record is not None:
+            write_record(record, {"digest": artifact.digest, "privacy": None})
+    return BuildResult(output, artifact.manifest, reused, seconds, None)
+
+
+def _stage_one(
+    base: BaseModel,
+    text: PublicText,
+    settings: StageOneSettings,
+    folder: Path | None,
+    on_progress: OnProgress | None,
+) -> tuple[StageOne, bool]:
+    checkpoint = folder / "stage_one.safetensors" if folder is not None else None
+    reused = checkpoint is not None and checkpoint.exists() and StageOne.load(checkpoint)[0].step >= settings.steps
+    result = train_stage_one(base.model, base.family, text.batches, text.held_out, settings, checkpoint, on_progress)
+    return result, reused
+
+
+def _full_loss(base: BaseModel, text: PublicText, folder: Path | None) -> float:
+    """The full model's loss on the held-out text; measured once per model and text."""
+    path = folder / "full_model.json" if folder is not None else None
+    known = read_record(path).get("loss") if path is not None else None
+    if isinstance(known, float):
+        return known
+    loss = mean_loss(base.model, text.held_out)
+    if path is not None:
+        write_record(path, {"loss": loss})
+    return loss
+
+
+def _finished(output: Path, record: Path) -> tuple[Manifest, dict[str, Any] | None] | None:
+    """The emulator in ``output`` if it is, undamaged, the one that ``record`` names."""
+    known = read_record(record)
+    if not known or not output.exists():
+        return None
+    try:
+        manifest = read_artifact(output, expected_kind="emulator").manifest
+    except ArtifactRefused:
+        return None  # damaged since; it is built again from stage 1's result
+    return (manifest, known.get("privacy")) if manifest.digest() == known.get("digest") else None
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[part] = time.monotonic() - start

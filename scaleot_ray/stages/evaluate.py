@@ -1,0 +1,245 @@
+"""Evaluate: rows of the standard table for one data owner's test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.gate import check_crossing
+from scaleot_ray.config import DataSettings, TuneSettings
+from scaleot_ray.emulator.assemble import assemble, emulator_content
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.evaluation.choice import ChoiceScore
+from scaleot_ray.evaluation.loss import LossScore
+from scaleot_ray.evaluation.score import Score
+from scaleot_ray.evaluation.table import ROWS, TenantTable
+from scaleot_ray.families import family_of
+from scaleot_ray.families.loading import BaseModel, load_tokenizer, model_digest, resolve_device
+from scaleot_ray.plugin import plug
+from scaleot_ray.progress import OnProgress
+from scaleot_ray.stages.identity import data_digest, identity
+from scaleot_ray.stages.limits import check_block_size
+from scaleot_ray.stages.plug import check_same_model
+from scaleot_ray.stages.record import read_record, write_record
+from scaleot_ray.stages.score import BATCH_SIZE, TestRows
+from scaleot_ray.stages.tune import tune_layers
+from scaleot_ray.tuning import from_artifact
+
+AnyScore = LossScore | ChoiceScore
+
+INPUTS = {
+    "full_zero_shot": ("base",),
+    "emulator_zero_shot": ("emulator",),
+    "emulator_tuned": ("emulator", "delta"),
+    "plug_in": ("base", "emulator", "delta"),
+    "full_tuned": ("base", "emulator", "train", "tune"),
+}
+"""What each row is computed from, besides the test rows."""
+
+
+def evaluate_rows(
+    rows: Sequence[str],
+    *,
+    name: str,
+    test: DataSettings,
+    base: BaseModel | None = None,
+    emulator: Artifact | None = None,
+    delta: Artifact | None = None,
+    train: DataSettings | None = None,
+    tune: TuneSettings | None = None,
+    evaluate_examples: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    block_size: int = 128,
+    device: str = "auto",
+    folder: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> TenantTable:
+    """Measures the given rows on the same test rows; those whose inputs are missing stay out.
+
+    Args:
+        rows: names out of ``ROWS``.
+        name: the data owner, for the table and for progress.
+        test: test rows.
+        base: the full model; for ``full_zero_shot``, ``plug_in`` and ``full_tuned``.
+        emulator: for the emulator's rows, for ``plug_in`` (the delta is checked against it) and for
+            ``full_tuned`` (which layers are tuned).
+        delta: for ``emulator_tuned`` and ``plug_in``.
+        train, tune: for ``full_tuned``: the same layers, steps and batches on the full model.
+        evaluate_examples: at most so many test rows or blocks.
+        batch_size: sequences per forward pass.
+        block_size: tokens per test sequence.
+        device: where the emulator is put; the full model stays where it is.
+        folder: keeps finished rows and the checkpoint of ``full_tuned``, so that what was interrupted
+            goes on and what was measured is not measured again. It depends on private rows: keep it there.
+        on_progress: hears of ``ROW NAME`` for each row, and of ``tune full NAME``.
+
+    Raises:
+        ConfigError: a row is unknown, or the full model is not the one the emulator was built from.
+        ArtifactRefused: the delta does not belong to the emulator.
+        DataError: rows cannot be read, or are not what the settings say.
+        RunFailed: a loss is not finite.
+    """
+    for row in rows:
+        if row not in ROWS:
+            raise ConfigError(f"rows: {row!r} is no row of the standard table.", f"Take some of {', '.join(ROWS)}.")
+    work = _Evaluation(
+        name, test, base, emulator, delta, train, tune, evaluate_examples, batch_size, block_size, device, folder
+    )
+    scores: dict[str, Score | None] = {}
+    for row in ROWS:
+        if row in rows and work.possible(row):
+            scores[row] = work.measure(row, on_progress)
+    metric = "accuracy" if test.task == "choice" else "loss"
+    return TenantTable(name, metric, scores)
+
+
+@dataclass
+class _Evaluation:
+    """The inputs of a table; test rows and models are made when the first row needs them."""
+
+    name: str
+    test: DataSettings
+    base: BaseModel | None
+    emulator: Artifact | None
+    delta: Artifact | None
+    train: DataSettings | None
+    tune: TuneSettings | None
+    limit: int | None
+    batch_size: int
+    block_size: int
+    device: str
+    folder: Path | None
+
+    def __post_init__(self) -> None:
+        if self.emulator is not None and self.delta is not None:
+            check_crossing(self.delta, parent=self.emulator.manifest)
+        if self.emulator is not None and self.base is not None:
+            check_same_model(self.base, self.emulator.manifest)
+
+    def possible(self, row: str) -> bool:
+        """Whether all inputs of a row are there."""
+        return all(getattr(self, name) is not None for name in INPUTS[row])
+
+    def measure(self, row: str, on_progress: OnProgress | None) -> AnyScore:
+        """A row's score, from the folder if it was measured before."""
+        key, path = None, None
+        if self.folder is not None:
+            key, path = self._key(row), self.folder / f"{row}.json"
+            known = read_record(path)
+            if known.get("key") == key:
+                return _score_from(known)
+        methods: dict[str, Callable[[str, OnProgress | None, str | None], AnyScore]] = {
+            "full_zero_shot": self._zero_shot,
+            "emulator_zero_shot": self._zero_shot,
+            "emulator_tuned": self._with_delta,
+            "plug_in": self._with_delta,
+            "full_tuned": self._full_tuned,
+        }
+        score = methods[row](row, on_progress, key)
+        if path is not None:
+            write_record(path, {"key": key, **_score_record(score)})
+        return score
+
+    def _zero_shot(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
+        return self._score(self._model(row), row, on_progress)
+
+    def _with_delta(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
+        assert self.delta is not None
+        model = self._model(row)
+        with plug(model, family_of(model.config), from_artifact(self.delta)):
+            return self._score(model, row, on_progress)
+
+    def _full_tuned(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
+        base, settings = self.base, self.tune
+        assert base is not None
+        assert settings is not None
+        assert self.emulator is not None
+        assert self.train is not None
+        checkpoint = self.folder / f"{row}-{key[:16]}.safetensors" if self.folder is not None and key else None
+        delta = tune_layers(
+            base.model,
+            base.family,
+            emulator_content(self.emulator.manifest),
+            base.tokenizer,
+            self.train,
+            settings,
+            self._test_rows,
+            f"tune full {self.name}",
+            checkpoint,
+            True,
+            on_progress,
+        )
+        with plug(base.model, base.family, delta):
+            score = self._score(base.model, row, on_progress)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return score
+
+    def _score(self, model: Any, row: str, on_progress: OnProgress | None) -> AnyScore:
+        check_block_size(model.config, self.block_size, "block_size")
+        return self._test_rows.score(model, f"{row.replace('_', ' ')} {self.name}", on_progress)
+
+    @cached_property
+    def _assembled(self) -> Any:
+        assert self.emulator is not None
+        return assemble(self.emulator, resolve_device(self.device))
+
+    @cached_property
+    def _test_rows(self) -> TestRows:
+        if self.base is not None:
+            tokenizer = self.base.tokenizer
+        else:
+            assert self.emulator is not None
+            tokenizer = load_tokenizer(self.emulator.files)
+        too_long = self.tune.too_long if self.tune is not None else "error"
+        return TestRows(self.test, tokenizer, self.block_size, self.limit, too_long, self.batch_size)
+
+    def _model(self, row: str) -> Any:
+        if row.startswith("emulator"):
+            return self._assembled
+        assert self.base is not None
+        return self.base.model
+
+    def _key(self, row: str) -> str:
+        digests: dict[str, Callable[[Any], Any]] = {
+            "base": lambda base: model_digest(base.model),
+            # Tuning the full model needs to know which layers, and nothing else of the emulator.
+            "emulator": lambda emulator: (
+                list(emulator_content(emulator.manifest).plug_in_positions) if row == "full_tuned" else emulator.digest
+            ),
+            "delta": lambda delta: delta.digest,
+            "train": data_digest,
+            "tune": lambda tune: tune.model_dump(mode="json", exclude={"checkpoint_every"}),
+        }
+        return identity(
+            row=row,
+            test=data_digest(self.test),
+            limit=self.limit,
+            block_size=self.block_size,
+            too_long=self.tune.too_long if self.tune is not None else "error",
+            inputs={name: digests[name](getattr(self, name)) for name in INPUTS[row]},
+        )
+
+
+def _score_record(score: AnyScore) -> dict[str, Any]:
+    if isinstance(score, LossScore):
+        return {"sums": score.sums.tolist(), "counts": score.counts.tolist()}
+    return {
+        "correct": score.correct.tolist(),
+        "correct_normalised": score.correct_normalised.tolist(),
+        "log_likelihood": score.log_likelihood.tolist(),
+    }
+
+
+def _score_from(record: dict[str, Any]) -> AnyScore:
+    if "sums" in record:
+        return LossScore(np.array(record["sums"], dtype=np.float64), np.array(record["counts"], dtype=np.int64))
+    return ChoiceScore(
+        np.array(record["correct"]), np.array(record["correct_normalised"]), np.array(record["log_likelihood"])
+    )

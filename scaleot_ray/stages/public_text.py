@@ -1,0 +1,77 @@
+"""The model owner's public text, split into what stage 1 trains on and what it is measured on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from scaleot_ray.config import DataSettings, StageOneSettings
+from scaleot_ray.data import Batch, TokenBatches, TokenExample, fixed, padding_id, token_examples
+from scaleot_ray.errors import DataError
+from scaleot_ray.families.loading import BaseModel
+from scaleot_ray.stages.limits import check_block_size, vocabulary_size
+
+HELD_OUT = 32
+"""Sequences held out at most; with 128 tokens each, a loss over 4,000 tokens."""
+
+_LOOKED_AT = 4096  # the held-out sequences are spread over so many from the start
+
+
+@dataclass
+class PublicText:
+    """Batches of public text.
+
+    Attributes:
+        batches: to train on, endless.
+        held_out: batches of other sequences, all of the same size, for scores and losses.
+    """
+
+    batches: TokenBatches
+    held_out: list[Batch]
+
+
+def read_public_text(public: DataSettings, base: BaseModel, settings: StageOneSettings) -> PublicText:
+    """Splits public text sequence by sequence.
+
+    One sequence in four at most, and ``HELD_OUT`` at most, evenly spread over the first few thousand,
+    are held out; the rest is trained on.
+
+    Raises:
+        ConfigError: the blocks are longer than the model's context.
+        DataError: the text cannot be read, or gives fewer than two sequences.
+    """
+    check_block_size(base.model.config, settings.block_size, "stage_one.block_size")
+    examples = token_examples(public, base.tokenizer, settings.block_size, too_long="truncate")
+    count = sum(1 for _ in itertools.islice(examples, _LOOKED_AT))
+    if count < 2:
+        raise DataError(
+            f"public: {public.path} gives one sequence of {settings.block_size} tokens; at least two are needed, "
+            "one to train on and one to measure on.",
+            "Give more public text, or lower stage_one.block_size.",
+        )
+    wanted = max(1, min(HELD_OUT, count // 4))
+    size = min(settings.batch_size, wanted)
+    wanted -= wanted % size
+    held_out = frozenset((2 * place + 1) * count // (2 * wanted) for place in range(wanted))
+    pad, vocabulary = padding_id(base.tokenizer), vocabulary_size(base.model)
+    return PublicText(
+        TokenBatches(
+            _Part(examples, held_out, inside=False), settings.batch_size, pad, settings.seed, vocab_size=vocabulary
+        ),
+        list(fixed(_Part(examples, held_out, inside=True), size, pad, wanted, vocabulary)),
+    )
+
+
+class _Part(Iterable[TokenExample]):
+    """The examples whose index is among ``chosen``, or the others; may be iterated any number of times."""
+
+    def __init__(self, examples: Iterable[TokenExample], chosen: frozenset[int], inside: bool) -> None:
+        self._examples, self._chosen, self._inside = examples, chosen, inside
+
+    def __iter__(self) -> Iterator[TokenExample]:
+        for index, example in enumerate(self._examples):
+            if self._inside and index > max(self._chosen):
+                return
+            if (index in self._chosen) is self._inside:
+                yield example

@@ -1,0 +1,185 @@
+"""Tune: an emulator and a data owner's rows → a delta and a few numbers on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.manifest import EmulatorContent, MetricsContent
+from scaleot_ray.artifacts.storage import read_artifact, write_artifact
+from scaleot_ray.config import DataSettings, TuneSettings
+from scaleot_ray.data import TokenBatches, padding_id, token_examples
+from scaleot_ray.emulator.assemble import assemble, emulator_content
+from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.families import Family, family_of
+from scaleot_ray.families.loading import load_tokenizer, resolve_device
+from scaleot_ray.plugin import plug
+from scaleot_ray.progress import OnProgress
+from scaleot_ray.stages.identity import data_digest, identity
+from scaleot_ray.stages.limits import check_block_size, vocabulary_size
+from scaleot_ray.stages.record import read_record, write_record
+from scaleot_ray.stages.score import TestRows, numbers
+from scaleot_ray.tuning import Delta, tune
+
+RECORD = "tune.json"  # stays with the data owner: its key depends on the private rows
+
+
+@dataclass
+class TuneResult:
+    """What :func:`tune_emulator` made.
+
+    Attributes:
+        directory: holds the artefacts ``delta`` and ``metrics``; nothing else is meant to leave.
+        delta: the delta.
+        metrics: the numbers in ``metrics``.
+        seconds: of the work; of the earlier one where a finished result was found.
+    """
+
+    directory: Path
+    delta: Artifact
+    metrics: dict[str, float]
+    seconds: float
+
+
+def tune_emulator(
+    emulator: Artifact,
+    train: DataSettings,
+    tune: TuneSettings,
+    output: Path,
+    *,
+    name: str = "data owner",
+    test: DataSettings | None = None,
+    device: str = "auto",
+    evaluate_examples: int | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    on_progress: OnProgress | None = None,
+) -> TuneResult:
+    """Tunes the plug-in layers of an emulator; the artefact and the package are all it needs.
+
+    Writes ``output/delta`` and ``output/metrics`` (artefacts), ``output/tune.json`` and, while it
+    runs, ``output/checkpoint``.
+
+    Args:
+        emulator: checked by the caller (reading it from disk does, the gate does).
+        train: private rows to tune on.
+        tune: method, steps, rates.
+        output: the data owner's folder.
+        name: of the data owner, for progress.
+        test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``, and for
+            early stopping.
+        device: where to compute.
+        evaluate_examples: at most so many test rows or blocks.
+        overwrite: replace another result in ``output``.
+        resume: take a finished result of the same emulator, rows and settings as it is, and go on from a
+            checkpoint of them; False starts afresh.
+        on_progress: hears of ``tune NAME`` and ``evaluate NAME``.
+
+    Raises:
+        ConfigError: settings do not fit the model, or ``output`` holds another result.
+        DataError: rows cannot be read, or are not what the settings say.
+        RunFailed: a loss is not finite.
+        ResourcesMissing: memory or disk do not suffice.
+    """
+    start = time.monotonic()
+    key = identity(
+        emulator=emulator.digest,
+        tune=tune.model_dump(mode="json", exclude={"checkpoint_every"}),
+        train=data_digest(train),
+        test=data_digest(test) if test is not None else None,
+        evaluate_examples=evaluate_examples,
+    )
+    if resume and (finished := _finished(output, key)) is not None:
+        return finished
+    if not overwrite and any((output / part).exists() for part in ("delta", "metrics")):
+        raise ConfigError(
+            f"output: {output} holds the result of another tuning.", "Give another folder, or --overwrite."
+        )
+    content = emulator_content(emulator.manifest)
+    model = assemble(emulator, resolve_device(device))
+    tokenizer = load_tokenizer(emulator.files)
+    family = family_of(model.config)
+    rows = None
+    if test is not None:
+        rows = TestRows(test, tokenizer, tune.block_size, evaluate_examples, tune.too_long)
+    values: dict[str, float] = {}
+    if rows is not None:
+        values |= numbers(rows.score(model, f"evaluate {name}", on_progress), "emulator_zero_shot")
+    checkpoint = output / "checkpoint" / f"{key[:16]}.safetensors"
+    delta = tune_layers(
+        model, family, content, tokenizer, train, tune, rows, f"tune {name}", checkpoint, resume, on_progress
+    )
+    if rows is not None:
+        with plug(model, family, delta):
+            values |= numbers(rows.score(model, f"evaluate {name}", on_progress), "emulator_tuned")
+    artifact = delta.to_artifact(emulator.manifest)
+    metrics = Artifact.create("metrics", MetricsContent(values=values), {}, parent_digest=emulator.digest)
+    (output / RECORD).unlink(missing_ok=True)
+    write_artifact(artifact, output / "delta", overwrite=overwrite)
+    write_artifact(metrics, output / "metrics", overwrite=overwrite)
+    seconds = time.monotonic() - start
+    write_record(output / RECORD, {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds})
+    shutil.rmtree(output / "checkpoint", ignore_errors=True)
+    return TuneResult(output, artifact, values, seconds)
+
+
+def tune_layers(
+    model: Any,
+    family: Family,
+    content: EmulatorContent,
+    tokenizer: Any,
+    train: DataSettings,
+    settings: TuneSettings,
+    rows: TestRows | None,
+    stage: str,
+    checkpoint: Path | None,
+    resume: bool,
+    on_progress: OnProgress | None,
+) -> Delta:
+    """Tunes the plug-in layers of an emulator, or the same layers of the full model on the same batches."""
+    check_block_size(model.config, settings.block_size, "tune.block_size")
+    examples = token_examples(train, tokenizer, settings.block_size, settings.too_long)
+    batches = TokenBatches(
+        examples, settings.batch_size, padding_id(tokenizer), settings.seed, vocab_size=vocabulary_size(model)
+    )
+    evaluate: Callable[[], float] | None = None
+    if settings.evaluate_every is not None:
+        if rows is None:
+            raise ConfigError(
+                "tune.evaluate_every: there are no test rows to evaluate on.", "Give test rows, or leave it out."
+            )
+        test = rows
+        evaluate = lambda: test.loss(model)  # noqa: E731
+    return tune(
+        model,
+        family,
+        content.plug_in_positions,
+        batches,
+        settings,
+        evaluate=evaluate,
+        checkpoint=checkpoint,
+        resume=resume,
+        on_progress=on_progress,
+        stage=stage,
+    ).delta
+
+
+def _finished(output: Path, key: str) -> TuneResult | None:
+    """The result in ``output`` if it is, undamaged, the one that ``key`` stands for."""
+    record = read_record(output / RECORD)
+    if record.get("key") != key:
+        return None
+    try:
+        delta = read_artifact(output / "delta", expected_kind="delta")
+        metrics = read_artifact(output / "metrics", expected_kind="metrics")
+    except ArtifactRefused:
+        return None  # damaged or removed since; tuned again
+    if (delta.digest, metrics.digest) != (record.get("delta"), record.get("metrics")):
+        return None
+    assert isinstance(metrics.manifest.content, MetricsContent)
+    return TuneResult(output, delta, dict(metrics.manifest.content.values), float(record["seconds"]))
