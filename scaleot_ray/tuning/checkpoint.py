@@ -55,7 +55,6 @@ class Checkpoint:
         cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(cpu, temporary, metadata={_HEADER: text})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -71,6 +70,22 @@ class Checkpoint:
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def prepare_place(path: Path) -> None:
+    """Makes the folder of a checkpoint, so that a wrong one shows before the first step.
+
+    Raises:
+        ConfigError: no file can be written at ``path``.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "is a folder, or its folder may not be written")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: a checkpoint cannot be written there ({error.strerror}).", "Give a file in a folder of your own."
+        ) from error
 
 
 def as_os_error(error: OSError | SafetensorError) -> OSError:

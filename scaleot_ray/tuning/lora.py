@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -44,6 +45,7 @@ class LowRank(PlugInMethod):
         model: nn.Module, family: Family, positions: tuple[int, ...], settings: MethodSettings
     ) -> dict[str, torch.Size]:
         rank, result = rank_of(settings), {}
+        alpha_of(settings)
         for name in target_modules(family, positions, settings):
             out_features, in_features = dense_weight(_projection(model, name)).shape
             result[f"{name}.lora_A"] = torch.Size((rank, in_features))
@@ -53,8 +55,10 @@ class LowRank(PlugInMethod):
     def _attach(
         self, model: nn.Module, family: Family, positions: tuple[int, ...], settings: MethodSettings
     ) -> dict[str, nn.Parameter]:
-        self._targets = target_modules(family, positions, settings)
-        dtype = delta_dtype(dense_weight(_projection(model, self._targets[0])).dtype)
+        targets = target_modules(family, positions, settings)
+        dtypes = [dense_weight(_projection(model, name)).dtype for name in targets]
+        dtype = delta_dtype(dtypes[0])
+        self._targets = targets
         inject_adapter_in_model(peft_config(model, self._targets, settings), model, ADAPTER)
         parameters = {}
         for name in self._targets:
@@ -87,12 +91,18 @@ class LowRank(PlugInMethod):
 
 def rank_of(settings: MethodSettings) -> int:
     """Rank r of a ``lora`` delta."""
-    return int(_number(settings, "rank"))
+    rank = settings.get("rank")
+    if not isinstance(rank, int) or rank < 1:
+        raise _refused("rank", rank, "a whole number above zero")
+    return rank
 
 
 def alpha_of(settings: MethodSettings) -> float:
     """alpha of a ``lora`` delta; B·A counts alpha / rank times."""
-    return _number(settings, "alpha")
+    alpha = settings.get("alpha")
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise _refused("alpha", alpha, "a number above zero")
+    return float(alpha)
 
 
 def target_modules(family: Family, positions: tuple[int, ...], settings: MethodSettings) -> list[str]:
@@ -135,11 +145,8 @@ def _projection(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _number(settings: MethodSettings, key: str) -> float:
-    value = settings.get(key)
-    if not isinstance(value, int | float) or not value > 0:
-        raise ArtifactRefused(
-            f"Delta (lora): setting {key!r} is {value!r}, expected a number above zero.",
-            "Take the delta as `scaleot tune` wrote it.",
-        )
-    return float(value)
+def _refused(key: str, value: object, expected: str) -> ArtifactRefused:
+    return ArtifactRefused(
+        f"Delta (lora): setting {key!r} is {value!r}, expected {expected}.",
+        "Take the delta as `scaleot tune` wrote it.",
+    )

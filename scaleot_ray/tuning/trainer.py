@@ -22,6 +22,7 @@ from scaleot_ray.tuning.checkpoint import (
     batch_fingerprint,
     check_same_run,
     model_fingerprint,
+    prepare_place,
     read_checkpoint,
 )
 from scaleot_ray.tuning.delta import Delta
@@ -115,6 +116,7 @@ def tune(
     saved = None
     run: dict[str, Any] = {}
     if checkpoint is not None:
+        prepare_place(checkpoint)
         exclude = {"checkpoint_every"}  # changes when something is written, not what
         run = {
             "model": model_fingerprint(model),
