@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scaleot_ray.artifacts.card import model_card
 from torch import nn
 
 from scaleot_ray.artifacts import Artifact
+from scaleot_ray.artifacts.card import model_card
 from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.emulator.assemble import assemble_tensors

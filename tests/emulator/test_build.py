@@ -1,0 +1,187 @@
+import json
+
+import pytest
+import torch
+
+from scaleot_ray.artifacts import read_artifact, write_artifact
+from scaleot_ray.artifacts.gate import check_crossing
+from scaleot_ray.config import EmulatorSettings, StageOneSettings
+from scaleot_ray.emulator.assemble import assemble
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator, choose_layers
+from scaleot_ray.emulator.layer_map import LayerRole, positions
+from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.emulator.rank_compression import kept_rank
+from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.families import dense_weight, family_of
+from scaleot_ray.families.loading import BaseModel
+from tests.emulator.token_stream import RandomTokens
+from tests.tiny_models import TINY, tiny_model, tiny_tokenizer, tiny_tokens
+
+FACTS = FullModelFacts(digest="0" * 64)
+STREAM = RandomTokens()
+
+
+def _base(name="llama"):
+    model = tiny_model(name).requires_grad_(False)
+    return BaseModel(model, tiny_tokenizer(), family_of(model.config), name, "Apache-2.0")
+
+
+def _stage_one(base, **changes):
+    settings = StageOneSettings(harmonizer_rank=8, start_tokens=256, steps=2, block_size=16, **changes)
+    return train_stage_one(base.model, base.family, STREAM, STREAM.fixed(2), settings)
+
+
+def _settings(**changes):
+    return EmulatorSettings(**{"plug_in_layers": 2, "alpha": 0.5, "beta": 0.5, **changes})
+
+
+@torch.no_grad()
+def _logits(model):
+    return model(input_ids=tiny_tokens()).logits
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_nothing_replaced_and_nothing_compressed_is_the_model_exactly(name, tmp_path):
+    base = _base(name)
+    settings = _settings(alpha=0, beta=0, allow_unprotected=True)
+    artifact = build_emulator(base, None, settings, FACTS)
+    write_artifact(artifact, tmp_path / "emulator")
+    emulator = assemble(read_artifact(tmp_path / "emulator", "emulator"))
+    assert torch.equal(_logits(emulator), _logits(base.model))
+    assert artifact.manifest.content.verbatim_share == 1
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_every_family_survives_the_disk_with_layers_replaced_and_compressed(name, tmp_path):
+    base = _base(name)
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS, STREAM.fixed(2))
+    built = assemble(artifact)
+    write_artifact(artifact, tmp_path / "emulator")
+    read = assemble(read_artifact(tmp_path / "emulator", "emulator"))
+    assert torch.equal(_logits(built), _logits(read))
+    assert not torch.allclose(_logits(built), _logits(base.model), atol=1e-3)
+    content = artifact.manifest.content
+    assert content.layer_map.count("replaced") == 3
+    assert content.emulator_loss is not None
+    assert content.verbatim_share < 0.9
+    check_crossing(artifact)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("beta", [0.2, 0.8])
+def test_factors_give_what_their_products_give(name, beta):
+    base = _base(name)
+    stage_one = _stage_one(base)
+    artifact = build_emulator(base, stage_one, _settings(beta=beta), FACTS)
+    factored = any(name.endswith(".down") for name in artifact.tensors)
+    assert factored == (beta == 0.8), "factors are stored where they are smaller than their product"
+    plain = assemble(build_emulator(base, stage_one, _settings(beta=0), FACTS))
+    for index in positions(artifact.manifest.content.layer_map, LayerRole.KEPT):
+        for projection in base.family.attention:
+            module = base.family.layers(plain)[index].get_submodule(projection.path)
+            weight = dense_weight(module)
+            rows = projection.parts(base.model.config) if projection.parts else [torch.arange(len(weight))]
+            product = weight.clone()
+            for row in rows:
+                u, s, vh = torch.linalg.svd(weight[row], full_matrices=False)
+                rank = kept_rank((len(row), weight.shape[1]), beta)
+                product[row] = u[:, :rank] * s[:rank] @ vh[:rank]
+            weight.data.copy_(product)  # dense_weight is a view of the module's own
+    assert torch.allclose(_logits(assemble(artifact)), _logits(plain), atol=1e-4)
+
+
+def test_plug_in_layers_and_everything_outside_layers_leave_as_they_are():
+    base = _base()
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    raw = dict(base.model.named_parameters())
+    for name in raw:
+        inside = name.startswith("model.layers.")
+        if not inside or name.startswith(("model.layers.0.", "model.layers.7.")):
+            assert torch.equal(artifact.tensors[name], raw[name])
+
+
+def test_no_raw_weight_of_a_replaced_layer_leaves():
+    base = _base()
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    for index in positions(artifact.manifest.content.layer_map, LayerRole.REPLACED):
+        prefix = base.family.layer_prefix(index)
+        names = {name[len(prefix) :] for name in artifact.tensors if name.startswith(prefix)}
+        assert names == {"down.weight", "down.bias", "up.weight", "up.bias"}
+
+
+def test_the_verbatim_share_counts_what_left_unchanged():
+    base = _base()
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    raw = dict(base.model.named_parameters())
+    same = sum(
+        tensor.numel() for name, tensor in artifact.tensors.items() if name in raw and torch.equal(tensor, raw[name])
+    )
+    content = artifact.manifest.content
+    assert content.verbatim_parameters == same
+    assert content.full_parameters == sum(parameter.numel() for parameter in raw.values())
+
+
+def test_one_stage_one_result_serves_every_triplet_and_layout():
+    base = _base()
+    stage_one = _stage_one(base)
+    for count in (1, 2, 3, 4):
+        for layout in ("ends", "spread"):
+            for alpha in (0.3, 0.5, 0.75):
+                settings = _settings(plug_in_layers=count, layout=layout, alpha=alpha)
+                content = build_emulator(base, stage_one, settings, FACTS).manifest.content
+                assert content.layer_map.count("plug_in") == count
+                assert content.layer_map.count("replaced") == round(alpha * (8 - count))
+
+
+def test_least_important_layers_are_replaced():
+    base = _base()
+    stage_one = _stage_one(base)
+    stage_one.scores = {1: 3.0, 2: -1.0, 3: 2.0, 4: -2.0, 5: 1.0, 6: -3.0}
+    roles = choose_layers(8, stage_one, _settings())
+    assert positions(roles, LayerRole.REPLACED) == (2, 4, 6)
+
+
+def test_uniform_drop_keeps_evenly_spaced_layers():
+    roles = choose_layers(30, None, _settings(plug_in_layers=4, builder="uniform_drop"))
+    assert positions(roles, LayerRole.DROPPED) == (3, 5, 7, 9, 11, 13, 15, 16, 18, 20, 22, 24, 26)
+    base = _base()
+    content = build_emulator(base, None, _settings(builder="uniform_drop"), FACTS).manifest.content
+    assert content.layer_map == ["plug_in", "kept", "dropped", "kept", "dropped", "dropped", "kept", "plug_in"]
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 0}, {"alpha": 0.05}, {"alpha": 0, "beta": 0.8}])
+def test_settings_that_hide_nothing_are_refused_by_name(changes):
+    base = _base()
+    with pytest.raises(ConfigError, match=r"emulator\.alpha.*\n.*Raise emulator.alpha"):
+        build_emulator(base, _stage_one(base), _settings(**changes), FACTS)
+
+
+def test_an_unprotected_emulator_is_built_on_request_and_never_sent():
+    base = _base()
+    artifact = build_emulator(base, None, _settings(alpha=0, allow_unprotected=True), FACTS)
+    with pytest.raises(ArtifactRefused, match="protect"):
+        check_crossing(artifact)
+
+
+def test_a_manifest_that_lies_about_protection_is_still_not_sent():
+    base = _base()
+    artifact = build_emulator(base, None, _settings(alpha=0, allow_unprotected=True), FACTS)
+    content = artifact.manifest.content.model_copy(update={"protected": True})
+    artifact.manifest = artifact.manifest.model_copy(update={"content": content})
+    with pytest.raises(ArtifactRefused):
+        check_crossing(artifact)
+
+
+def test_a_missing_tensor_is_named_when_assembling():
+    base = _base()
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    del artifact.tensors["model.norm.weight"]
+    with pytest.raises(ArtifactRefused, match=r"model\.norm\.weight"):
+        assemble(artifact)
+
+
+def test_the_card_and_the_tokenizer_travel_along():
+    base = _base()
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    assert "Apache-2.0" in artifact.files["README.md"].decode()
+    assert json.loads(artifact.files["tokenizer.json"])

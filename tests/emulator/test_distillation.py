@@ -1,0 +1,32 @@
+import torch
+from torch.nn import functional
+
+from scaleot_ray.emulator import distillation
+from scaleot_ray.emulator.distillation import distillation_loss
+
+
+def _reference(student, teacher):
+    student = functional.log_softmax(student.flatten(0, 1), dim=-1)
+    teacher = functional.log_softmax(teacher.flatten(0, 1), dim=-1)
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def test_value_and_gradient_are_those_of_the_plain_composition(monkeypatch):
+    monkeypatch.setattr(distillation, "_CHUNK", 700)  # several chunks, the last one shorter
+    torch.manual_seed(0)
+    student = torch.randn(3, 7, 97, requires_grad=True)
+    teacher = torch.randn(3, 7, 97)
+    expected = _reference(student, teacher)
+    (expected_gradient,) = torch.autograd.grad(3 * expected, student)
+    loss = distillation_loss(student, teacher)
+    (gradient,) = torch.autograd.grad(3 * loss, student)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-7)
+
+
+def test_equal_logits_have_no_loss_and_no_gradient():
+    logits = torch.randn(2, 4, 31, requires_grad=True)
+    loss = distillation_loss(logits, logits.detach() + 5)  # a constant shift is the same distribution
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.abs() < 1e-6
+    assert gradient.abs().max() < 1e-6

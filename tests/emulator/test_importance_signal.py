@@ -1,0 +1,99 @@
+"""The importance signal is real: layers made to matter little in a trained model end up lowest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from scaleot_ray.config import StageOneSettings
+from scaleot_ray.emulator.layer_replace import language_model_loss, mean_loss, train_stage_one
+from scaleot_ray.families import family_of
+
+TIME, BATCH, LAYERS, WEAK = 48, 16, 10, (3, 5, 8)
+
+
+class _Text:
+    """The Python reference as bytes."""
+
+    def __init__(self) -> None:
+        text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")[:300_000]
+        blocks = torch.tensor(list(text[: len(text) // TIME * TIME])).view(-1, TIME)
+        blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
+        self.held_out = [{"input_ids": blocks[:64], "labels": blocks[:64]}]
+        self.train = blocks[64:]
+
+    def batches(self, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        index = start
+        while True:
+            rows = torch.arange(index * BATCH, (index + 1) * BATCH) % len(self.train)
+            yield {"input_ids": self.train[rows], "labels": self.train[rows]}
+            index += 1
+
+
+@pytest.fixture(scope="module")
+def text() -> _Text:
+    return _Text()
+
+
+@pytest.fixture(scope="module")
+def trained(text: _Text) -> Any:
+    """A small language model, trained, with the residual branches of three layers scaled down."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TIME,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    steps = 300
+    for step, batch in zip(range(steps), text.batches(), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        loss = language_model_loss(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval().requires_grad_(False)
+    assert mean_loss(model, text.held_out) < 2.5, "the model must have learnt something for layers to matter"
+    for index in WEAK:
+        layer = family_of(config).layers(model)[index]
+        layer.self_attn.o_proj.weight.mul_(0.02)
+        layer.mlp.down_proj.weight.mul_(0.02)
+    return model
+
+
+def _lowest(model: Any, text: _Text, seed: int, shuffle: bool) -> tuple[int, ...]:
+    settings = StageOneSettings(
+        harmonizer_rank=8,
+        start="random",
+        score_start="zero",
+        objective="lm",
+        steps=40,
+        score_every=1,
+        batch_size=BATCH,
+        block_size=TIME,
+        seed=seed,
+        shuffle_rewards=shuffle,
+    )
+    result = train_stage_one(model, family_of(model.config), text, text.held_out, settings)
+    return result.least_important(tuple(result.scores), len(WEAK))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_made_unimportant_are_ranked_lowest(trained: Any, text: _Text, seed: int) -> None:
+    assert _lowest(trained, text, seed, shuffle=False) == WEAK
+
+
+def test_with_shuffled_rewards_they_are_not(trained: Any, text: _Text) -> None:
+    assert [_lowest(trained, text, seed, shuffle=True) == WEAK for seed in range(2)] == [False, False]
