@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import torch
 from torch import nn
@@ -104,7 +105,8 @@ def build_emulator(
         family=base.family.name,
         model_config=base.model.config.to_dict(),
     )
-    card = model_card(artifact.manifest, base.source, base.licence)
+    # The name alone: the path would tell data owners how the owner's machine is laid out.
+    card = model_card(artifact.manifest, PurePath(base.source).name, base.licence)
     return artifact.with_files({"README.md": card.encode()})
 
 
