@@ -214,7 +214,9 @@ def parse(section: type[Section], values: dict[str, Any], source: str = "setting
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is unknown and leaves the right one missing: the unknown one says more.
+        errors = error.errors()
+        first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         if first["type"] == "extra_forbidden":
             known = _known_keys(section, first["loc"][:-1])

@@ -198,7 +198,7 @@ class TestOverrides:
             override({}, ["a=[1, 2"])
 
     def test_an_unknown_key_is_refused_by_its_full_name(self) -> None:
-        with pytest.raises(ConfigError, match="'tune.learning_rat'") as caught:
+        with pytest.raises(ConfigError, match=r"'tune\.learning_rat'") as caught:
             parse(RunSettings, override(run_values(), ["tune.learning_rat=1"]), "--set")
         assert "'learning_rate'" in caught.value.remedy
 

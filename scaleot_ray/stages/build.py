@@ -89,6 +89,8 @@ def build(
         record = folder / f"emulator-{which[:16]}.json"
         if resume and (found := _finished(output, record)) is not None:
             return BuildResult(output, found[0], True, seconds | {"stage_one": 0.0, "emulator": 0.0}, found[1])
+    if output.exists() and not overwrite:
+        raise ConfigError(f"output: {output} holds something else already.", "Give another folder, or --overwrite.")
     text = read_public_text(public, base, stage_one)
     with _timed(seconds, "stage_one"):
         result, reused = None, False

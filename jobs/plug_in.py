@@ -1,0 +1,14 @@
+"""Put a delta into the full model as a Ray job → a Hugging Face checkpoint or a PEFT adapter.
+
+ray job submit --working-dir . --entrypoint-num-cpus 4 -- \\
+    python jobs/plug_in.py examples/plug.yaml
+
+The same as `scaleot plug`.
+"""
+
+from scaleot_ray.cli.main import job
+from scaleot_ray.cli.plug import plug
+from scaleot_ray.cli.settings import PlugSettings
+
+if __name__ == "__main__":
+    job(PlugSettings, plug, __doc__)

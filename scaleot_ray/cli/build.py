@@ -1,0 +1,111 @@
+"""``scaleot build``: the model owner makes an emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_ray.cli.bars import ProgressBars
+from scaleot_ray.cli.inspect import show_artifact
+from scaleot_ray.cli.options import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    Format,
+    FormatOption,
+    OverwriteOption,
+    SetOption,
+    given,
+)
+from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.settings import BuildSettings
+from scaleot_ray.config import override, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def build_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="The full model: Hugging Face directory or id, or a .gguf file.")],
+    public: Annotated[str, typer.Option(help="Public text: .txt, .jsonl, .parquet, .arrow or a dataset folder.")],
+    output: Annotated[str, typer.Option(help="Folder of the emulator; what a data owner receives.")],
+    alpha: Annotated[float | None, typer.Option(help="Fraction α of the middle layers to replace, 0 to 1.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Rank reduction β of the kept layers' attention, 0 to 1.")] = None,
+    plug_in_layers: Annotated[int | None, typer.Option(help="How many layers data owners tune, N_a.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Where the plug-in layers are: ends or spread.")] = None,
+    privacy: Annotated[
+        str | None, typer.Option(help="low, medium or high: chooses α and β from what must stay hidden.")
+    ] = None,
+    builder: Annotated[str | None, typer.Option(help="scaleot (default) or uniform_drop, for comparison.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Folder of stage-1 results; stays with the owner. Default: OUTPUT-cache.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    overwrite: OverwriteOption = False,
+    overrides: SetOption = [],  # noqa: B006  typer copies it
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Build an emulator from a full model and public text.
+
+    Reads the model and the public text. Writes the emulator to --output and
+    stage-1 results (harmonizers, layer scores, checkpoints) to --cache; they are
+    reused for every other α and β.
+
+    Examples:
+
+      scaleot build --model my-model --public wiki.jsonl --output emulator
+
+      scaleot build --model model.gguf --public notes.txt --output emulator \\
+          --alpha 0.5 --beta 0.8 --set stage_one.steps=120
+    """
+    with working(context, "Run the same command again: stage 1 goes on from its last checkpoint.") as out:
+        values = {
+            "model": given(path=model, device=device, dtype=dtype),
+            "public": {"path": public},
+            "emulator": given(
+                alpha=alpha, beta=beta, plug_in_layers=plug_in_layers, layout=layout, privacy=privacy, builder=builder
+            ),
+            "output": output,
+            "overwrite": overwrite,
+            **given(cache=cache),
+        }
+        build_emulator(parse(BuildSettings, override(values, overrides), "scaleot build"), out)
+
+
+def build_emulator(settings: BuildSettings, out: Output) -> None:
+    """Builds an emulator and shows what it is (the command and the job alike)."""
+    from scaleot_ray.artifacts.inspect import describe
+    from scaleot_ray.stages.build import build
+
+    output = Path(settings.output)
+    with ProgressBars() as bars:
+        result = build(
+            settings.model,
+            settings.public,
+            settings.stage_one,
+            settings.emulator,
+            output,
+            cache=Path(settings.cache) if settings.cache else output.with_name(output.name + "-cache"),
+            resume=True,
+            overwrite=settings.overwrite,
+            on_progress=bars,
+        )
+    document: dict[str, Any] = {
+        "schema": "scaleot.build/1",
+        "directory": str(result.directory),
+        "artifact": describe(result.manifest),
+        "privacy": result.privacy,
+        "reused_stage_one": result.reused_stage_one,
+        "seconds": result.seconds,
+    }
+
+    def show(console: Console) -> None:
+        show_artifact(console, document["artifact"])
+        console.print(f"written to {document['directory']}")
+
+    out.result(document, show)

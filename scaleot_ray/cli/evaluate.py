@@ -1,0 +1,163 @@
+"""``scaleot eval``: the standard table for any model, artefacts and test rows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_ray.cli.bars import ProgressBars
+from scaleot_ray.cli.options import (
+    ChoiceOption,
+    ColumnOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    Format,
+    FormatOption,
+    SetOption,
+    TaskOption,
+    TemplateOption,
+    data_section,
+    given,
+)
+from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.settings import EvaluateSettings
+from scaleot_ray.cli.tables import show_standard_table
+from scaleot_ray.config import override, parse
+from scaleot_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def evaluate_command(
+    context: typer.Context,
+    test: Annotated[str, typer.Option(help="Test rows: .txt, .jsonl, .parquet, .arrow or a dataset folder.")],
+    model: Annotated[str | None, typer.Option(help="The full model: Hugging Face directory or id, or .gguf.")] = None,
+    emulator: Annotated[str | None, typer.Option(help="Folder of an emulator.")] = None,
+    delta: Annotated[str | None, typer.Option(help="Folder of a delta that was tuned on that emulator.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training rows; adds the row full_tuned.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Rows of the table, by commas. Default: all that the inputs allow.")
+    ] = None,
+    task: TaskOption = None,
+    column: ColumnOption = [],  # noqa: B006  typer copies it
+    prompt_template: TemplateOption = None,
+    choice: ChoiceOption = [],  # noqa: B006
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    overrides: SetOption = [],  # noqa: B006
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Measure models on test rows and print the standard table.
+
+    Reads what is given: the full model, an emulator, a delta, test rows. Writes
+    nothing; the table (or with --format json the object of docs/json.md) goes to
+    stdout. Rows whose inputs are missing stay out:
+
+      full_zero_shot       --model
+
+      emulator_zero_shot   --emulator
+
+      emulator_tuned       --emulator --delta
+
+      plug_in              --model --emulator --delta
+
+      full_tuned           --model --emulator --train (tunes the full model)
+
+    Examples:
+
+      scaleot eval --model my-model --emulator emulator --delta tuned/delta \\
+          --test test.jsonl
+
+      scaleot eval --model my-model --test arc.jsonl --task choice --format json
+    """
+    with working(context, "Run the same command again.") as out:
+        values: dict[str, Any] = {
+            "test": data_section(test, task, column, prompt_template, choice),
+            **given(emulator=emulator, delta=delta, device=device),
+        }
+        if model is not None:
+            values["model"] = given(path=model, device=device, dtype=dtype)
+        if train is not None:
+            values["train"] = data_section(train, task, column, prompt_template, choice)
+        if rows is not None:
+            values["rows"] = [row.strip() for row in rows.split(",") if row.strip()]
+        evaluate(parse(EvaluateSettings, override(values, overrides), "scaleot eval"), out)
+
+
+def evaluate(settings: EvaluateSettings, out: Output) -> None:
+    """Computes the table and shows it (the command and the job alike)."""
+    rows = choose_rows(settings)
+
+    from scaleot_ray.artifacts.storage import read_artifact
+    from scaleot_ray.evaluation.table import table_json
+    from scaleot_ray.families.loading import load_base_model
+    from scaleot_ray.stages.evaluate import evaluate_rows
+
+    start = time.monotonic()
+    # The artefacts are read first: they are refused before a large model is loaded.
+    emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
+    delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None
+    with ProgressBars() as bars:
+        table = evaluate_rows(
+            rows,
+            name=settings.name,
+            test=settings.test,
+            base=load_base_model(settings.model) if settings.model else None,
+            emulator=emulator,
+            delta=delta,
+            train=settings.train,
+            tune=settings.tune,
+            evaluate_examples=settings.evaluate_examples,
+            batch_size=settings.batch_size,
+            block_size=settings.block_size,
+            device=settings.device,
+            folder=Path(settings.folder) if settings.folder else None,
+            on_progress=bars,
+        )
+    document: dict[str, Any] = {
+        "schema": "scaleot.eval/1",
+        "model": settings.model.path if settings.model else None,
+        "emulator": emulator.digest if emulator else None,
+        "delta": delta.digest if delta else None,
+        "seconds": time.monotonic() - start,
+        **table_json(table),
+    }
+
+    def show(console: Console) -> None:
+        show_standard_table(console, [document])
+
+    out.result(document, show)
+
+
+def choose_rows(settings: EvaluateSettings) -> list[str]:
+    """The rows asked for, or all that the inputs allow.
+
+    Raises:
+        ConfigError: a row that was asked for lacks an input, or the inputs allow no row at all.
+    """
+    from scaleot_ray.stages.evaluate import INPUTS
+
+    options = {"base": "model"}  # the others are called as their options are
+    missing: dict[str, list[str]] = {
+        row: [name for item in inputs if getattr(settings, name := options.get(item, item)) is None]
+        for row, inputs in INPUTS.items()
+    }
+    if settings.rows is None:
+        rows = [row for row, names in missing.items() if not names]
+        if not rows:
+            raise ConfigError(
+                "eval: there is nothing to measure.",
+                "Give --model, --emulator or both; `scaleot eval --help` says which row needs what.",
+            )
+        return rows
+    for row in settings.rows:
+        if missing[row]:
+            needed = " ".join(f"--{name}" for name in missing[row])
+            raise ConfigError(f"rows: {row} needs {needed}.", f"Add {needed}, or leave {row} out of --rows.")
+    return list(settings.rows)

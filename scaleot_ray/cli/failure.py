@@ -1,0 +1,100 @@
+"""Errors as people and programs see them: a problem, a remedy and an exit code, no stack trace."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong.
+
+    Attributes:
+        code: the exit code.
+        type: name of the error's class.
+        message: what is wrong.
+        remedy: what to do about it.
+    """
+
+    code: int
+    type: str
+    message: str
+    remedy: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``--format json`` prints in place of a result."""
+        return {
+            "error": {"code": self.code, "type": self.type, "message": self.message, "remedy": self.remedy},
+        }
+
+    def as_text(self) -> str:
+        """The lines that a person reads."""
+        return f"error: {self.message}\n  → {self.remedy}"
+
+
+def explain(error: BaseException) -> Failure:
+    """Any exception as a :class:`Failure`.
+
+    Errors of the package keep their own words. Running out of memory or disk is said as such. For
+    everything else, the trace goes to a file that the remedy names.
+    """
+    if isinstance(error, ScaleOTError):
+        return Failure(error.exit_code, _name(error), error.problem, error.remedy)
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return Failure(
+            ResourcesMissing.exit_code,
+            ResourcesMissing.__name__,
+            f"the disk is full{where}.",
+            "Free some space or choose another --output, then run the same command again.",
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = (str(error).splitlines() or [""])[0]
+        return Failure(
+            ResourcesMissing.exit_code,
+            ResourcesMissing.__name__,
+            f"out of memory. {first}".strip(),
+            "Use a smaller batch_size or block_size (--set), or a machine with more memory; "
+            "`scaleot doctor` shows what there is.",
+        )
+    path = write_trace(error)
+    first = (str(error).strip().splitlines() or ["(no message)"])[0]
+    return Failure(
+        RunFailed.exit_code,
+        type(error).__name__,
+        f"unexpected {type(error).__name__}: {first[:300]}",
+        f"The full trace is in {path}; --debug shows it here. Please report it with the command you ran.",
+    )
+
+
+def write_trace(error: BaseException) -> Path:
+    """Writes the stack trace of ``error`` to a file of its own in the temporary folder."""
+    name = f"scaleot-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    path = Path(tempfile.gettempdir()) / name
+    path.write_text(f"{' '.join(sys.argv)}\n\n{trace(error)}", encoding="utf-8")
+    return path
+
+
+def trace(error: BaseException) -> str:
+    """The stack trace of ``error`` as text."""
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+def _name(error: ScaleOTError) -> str:
+    # Ray raises a subclass made on the fly for an error from an actor; people want the class they can look up.
+    for kind in type(error).__mro__:
+        if kind.__module__ == ScaleOTError.__module__:
+            return kind.__name__
+    return type(error).__name__

@@ -1,0 +1,133 @@
+"""``scaleot inspect DIR``: what an artefact holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_ray.cli.options import DebugOption, Format, FormatOption
+from scaleot_ray.cli.output import working
+from scaleot_ray.cli.tables import bytes_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def inspect_command(
+    context: typer.Context,
+    directory: Annotated[str, typer.Argument(help="Folder of an artefact.", metavar="DIR")],
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Show what an artefact holds and check that it is whole.
+
+    Reads the folder and checks every tensor and file against the manifest; writes
+    nothing. Prints sizes, the layers as a picture, the share of the owner's
+    parameters that leave verbatim, and the card.
+
+    Examples:
+
+      scaleot inspect emulator
+
+      scaleot inspect tuned/delta --format json
+    """
+    with working(context, "Run the same command again.") as out:
+        from scaleot_ray.artifacts.inspect import describe
+        from scaleot_ray.artifacts.storage import read_artifact
+
+        artifact = read_artifact(directory)
+        card = artifact.files.get("README.md", b"").decode("utf-8", errors="replace")
+        document: dict[str, Any] = {
+            "schema": "scaleot.inspect/1",
+            "directory": str(Path(directory)),
+            "artifact": describe(artifact.manifest),
+            "card": card or None,
+        }
+
+        def show(console: Console) -> None:
+            show_artifact(console, document["artifact"])
+            if card:
+                console.rule("card")
+                console.print(card, markup=False)
+
+        out.result(document, show)
+
+
+def show_artifact(console: Console, artifact: Mapping[str, Any]) -> None:
+    """An artefact's description as a person reads it.
+
+    Args:
+        console: where to print.
+        artifact: as :func:`scaleot_ray.artifacts.inspect.describe` gives it.
+    """
+    rows = [
+        ("kind", artifact["kind"]),
+        ("digest", artifact["digest"]),
+        ("parent", artifact["parent_digest"]),
+        ("created", f"{artifact['created']} by scaleot_ray {artifact['library_version']}"),
+        ("model", _model(artifact)),
+        (
+            "size",
+            f"{bytes_text(artifact['bytes'])}, {artifact['parameters']:,} parameters in {artifact['tensors']} tensors",
+        ),
+    ]
+    rows += {"emulator": _emulator_rows, "delta": _delta_rows, "metrics": _metrics_rows}[artifact["kind"]](artifact)
+    for name, value in rows:
+        if value:
+            console.print(f"{name:<12}{value}", markup=False, soft_wrap=True)
+    if artifact["kind"] == "emulator":
+        from scaleot_ray.artifacts.inspect import layer_picture
+
+        console.print()
+        console.print(layer_picture(artifact["layer_map"]), markup=False)
+
+
+def _model(artifact: Mapping[str, Any]) -> str:
+    names = [artifact["model_type"], artifact["family"] and f"family {artifact['family']}", artifact["dtype"]]
+    return ", ".join(name for name in names if name)
+
+
+def _emulator_rows(artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+    harmonizer, margin = artifact["harmonizer"], artifact["loss_margin"]
+    layers = artifact["layers_by_role"]
+    replaced = layers["replaced"] + layers["dropped"]
+    rows = [
+        (
+            "built",
+            f"{artifact['builder']}, {artifact['plug_in_layers']} plug-in layers ({artifact['layout']}), "
+            f"α {artifact['alpha']:g}, β {artifact['beta']:g}",
+        ),
+        ("layers", f"{sum(layers.values())}, of which {replaced} replaced and {layers['kept']} kept"),
+        ("harmonizers", f"rank {harmonizer['rank']}, {harmonizer['activation']}" if harmonizer else ""),
+        ("of the model", f"{bytes_text(artifact['bytes'])} of {bytes_text(artifact['full_bytes'])}"),
+        (
+            "verbatim",
+            f"{artifact['verbatim_share']:.1%} of the owner's {artifact['full_parameters']:,} parameters unchanged",
+        ),
+    ]
+    if margin is not None:
+        rows.append(
+            (
+                "loss",
+                f"{artifact['emulator_loss']:.3f} nats/token on public held-out text, full model "
+                f"{artifact['full_loss']:.3f}, margin {margin:.3f}",
+            )
+        )
+    if not artifact["protected"]:
+        rows.append(("PROTECTION", "none: it hides nothing, and the gate never sends it"))
+    return rows
+
+
+def _delta_rows(artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings = ", ".join(f"{key} {value}" for key, value in artifact["settings"].items())
+    return [
+        ("method", artifact["method"] + (f" ({settings})" if settings else "")),
+        ("layers", ", ".join(map(str, artifact["positions"]))),
+    ]
+
+
+def _metrics_rows(artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, f"{value:.6g}") for name, value in artifact["values"].items()]

@@ -1,0 +1,103 @@
+"""``scaleot plug``: the model owner puts a delta into the full model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_ray.cli.options import (
+    DebugOption,
+    DtypeOption,
+    Format,
+    FormatOption,
+    OverwriteOption,
+    SetOption,
+    given,
+)
+from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.settings import PlugSettings
+from scaleot_ray.config import override, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def plug_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="The full model: Hugging Face directory or id, or a .gguf file.")],
+    emulator: Annotated[str, typer.Option(help="Folder of the emulator the delta was tuned on.")],
+    delta: Annotated[str, typer.Option(help="Folder of the delta a data owner sent.")],
+    output: Annotated[str, typer.Option(help="Folder of the checkpoint.")],
+    scale: Annotated[float | None, typer.Option(help="Factor on the delta; 1 (default) takes it as it is.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write a PEFT adapter instead of a merged checkpoint (lora only).")
+    ] = False,
+    dtype: DtypeOption = None,
+    overwrite: OverwriteOption = False,
+    overrides: SetOption = [],  # noqa: B006  typer copies it
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Put a delta into the full model and write the result.
+
+    Reads the full model, the emulator's manifest and the delta, and checks that
+    the delta belongs to that emulator. Writes a Hugging Face checkpoint, or with
+    --adapter a standard PEFT adapter.
+
+    Examples:
+
+      scaleot plug --model my-model --emulator emulator --delta tuned/delta \\
+          --output my-model-tuned
+
+      scaleot plug --model my-model --emulator emulator --delta tuned/delta \\
+          --output my-lora --adapter
+    """
+    with working(context, "Run the same command again; nothing half-written is left.") as out:
+        values = {
+            "model": given(path=model, dtype=dtype),
+            "emulator": emulator,
+            "delta": delta,
+            "output": output,
+            "adapter": adapter,
+            "overwrite": overwrite,
+            **given(scale=scale),
+        }
+        plug(parse(PlugSettings, override(values, overrides), "scaleot plug"), out)
+
+
+def plug(settings: PlugSettings, out: Output) -> None:
+    """Plugs in and shows where the result is (the command and the job alike)."""
+    from scaleot_ray.artifacts.storage import read_artifact, read_manifest
+    from scaleot_ray.families.loading import load_base_model
+    from scaleot_ray.stages.plug import plug_in
+
+    start = time.monotonic()
+    # The artefacts are read first: they are refused before a large model is loaded.
+    manifest = read_manifest(settings.emulator)
+    delta = read_artifact(settings.delta, expected_kind="delta")
+    directory = plug_in(
+        load_base_model(settings.model),
+        delta,
+        manifest,
+        Path(settings.output),
+        scale=settings.scale,
+        adapter=settings.adapter,
+        overwrite=settings.overwrite,
+    )
+    document: dict[str, Any] = {
+        "schema": "scaleot.plug/1",
+        "directory": str(directory),
+        "form": "peft_adapter" if settings.adapter else "checkpoint",
+        "delta": delta.digest,
+        "scale": settings.scale,
+        "seconds": time.monotonic() - start,
+    }
+
+    def show(console: Console) -> None:
+        what = "PEFT adapter" if settings.adapter else "checkpoint"
+        console.print(f"{what} written to {directory}")
+
+    out.result(document, show)

@@ -1,0 +1,84 @@
+"""Settings of one command each: what its options, its ``--set`` and a job's YAML file fill in.
+
+The sections are those of :mod:`scaleot_ray.config`; a whole run has its own class there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from scaleot_ray.config import (
+    DataSettings,
+    EmulatorSettings,
+    ModelSettings,
+    Number,
+    Settings,
+    StageOneSettings,
+    TuneSettings,
+)
+
+RowName = Literal["full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned"]
+
+
+class BuildSettings(Settings):
+    """``scaleot build`` and ``jobs/build_emulator.py``: a base model and public text → an emulator."""
+
+    model: ModelSettings
+    public: DataSettings = Field(description="public text: stage 1 and the loss margin")
+    stage_one: StageOneSettings = StageOneSettings()
+    emulator: EmulatorSettings = EmulatorSettings()
+    output: str = Field(description="folder the emulator artefact is written to; what a data owner receives")
+    cache: str | None = Field(
+        None, description="folder of stage-1 results and checkpoints; stays with the model owner; default: OUTPUT-cache"
+    )
+    overwrite: bool = Field(False, description="replace an earlier emulator in output")
+
+
+class TuneCommandSettings(Settings):
+    """``scaleot tune`` and ``jobs/tune.py``: an emulator and private data → a delta."""
+
+    emulator: str = Field(description="folder of an emulator artefact")
+    name: str = Field("data owner", description="name of the data owner, for progress and records")
+    train: DataSettings
+    test: DataSettings | None = Field(None, description="held-out rows: evaluation, early stopping, metrics")
+    tune: TuneSettings = TuneSettings()
+    output: str = Field(description="folder; output/delta and output/metrics are what may be sent back")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+    evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks")
+    overwrite: bool = Field(False, description="replace an earlier result in output")
+
+
+class PlugSettings(Settings):
+    """``scaleot plug`` and ``jobs/plug_in.py``: a base model and a delta → a checkpoint."""
+
+    model: ModelSettings
+    emulator: str = Field(description="folder of the emulator the delta was tuned on")
+    delta: str = Field(description="folder of a delta artefact")
+    output: str = Field(description="folder the Hugging Face checkpoint (or PEFT adapter) is written to")
+    scale: Number = Field(1.0, description="λ, factor on the delta; 1 takes it as it is")
+    adapter: bool = Field(False, description="write a PEFT adapter instead of a merged checkpoint (lora only)")
+    overwrite: bool = Field(False, description="replace an earlier result in output")
+
+
+class EvaluateSettings(Settings):
+    """``scaleot eval`` and ``jobs/evaluate.py``: models, artefacts and test rows → the standard table."""
+
+    name: str = Field("test", description="name of the table")
+    model: ModelSettings | None = Field(None, description="the full model; for three of the five rows")
+    emulator: str | None = Field(None, description="folder of an emulator artefact")
+    delta: str | None = Field(None, description="folder of a delta artefact")
+    test: DataSettings
+    train: DataSettings | None = Field(None, description="training rows; for full_tuned only")
+    tune: TuneSettings = Field(TuneSettings(), description="how full_tuned is tuned")
+    rows: tuple[RowName, ...] | None = Field(None, description="rows of the table; default: all that the inputs allow")
+    evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks")
+    batch_size: int = Field(8, ge=1)
+    block_size: int = Field(128, ge=8, description="tokens per sequence")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+    folder: str | None = Field(
+        None,
+        description="keeps finished rows and the checkpoint of full_tuned, so that an interrupted evaluation goes on; "
+        "it depends on the test rows, so it stays where they are",
+    )

@@ -1,0 +1,116 @@
+"""``scaleot tune``: a data owner tunes the plug-in layers on an emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_ray.cli.bars import ProgressBars, clock
+from scaleot_ray.cli.options import (
+    ChoiceOption,
+    ColumnOption,
+    DebugOption,
+    DeviceOption,
+    Format,
+    FormatOption,
+    OverwriteOption,
+    SetOption,
+    TaskOption,
+    TemplateOption,
+    data_section,
+    given,
+)
+from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.settings import TuneCommandSettings
+from scaleot_ray.cli.tables import bytes_text
+from scaleot_ray.config import override, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def tune_command(
+    context: typer.Context,
+    emulator: Annotated[str, typer.Option(help="Folder of the emulator the model owner sent.")],
+    train: Annotated[str, typer.Option(help="Private training rows: .txt, .jsonl, .parquet, .arrow or a folder.")],
+    output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta is what goes back.")],
+    test: Annotated[str | None, typer.Option(help="Held-out rows, for evaluation and early stopping.")] = None,
+    task: TaskOption = None,
+    column: ColumnOption = [],  # noqa: B006  typer copies it
+    prompt_template: TemplateOption = None,
+    choice: ChoiceOption = [],  # noqa: B006
+    method: Annotated[str | None, typer.Option(help="layers (default), lora or bottleneck.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data owner, for progress and records.")] = None,
+    device: DeviceOption = None,
+    overwrite: OverwriteOption = False,
+    overrides: SetOption = [],  # noqa: B006
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Tune the plug-in layers of an emulator on private data.
+
+    Reads the emulator and the data; the original weights are not needed. Writes
+    OUTPUT/delta (what tuning changed) and OUTPUT/metrics (a few numbers). Nothing
+    else is meant to leave the data owner.
+
+    Examples:
+
+      scaleot tune --emulator emulator --train train.jsonl --output tuned
+
+      scaleot tune --emulator emulator --train qa.jsonl --output tuned \\
+          --task completion --column prompt=question --column completion=answer \\
+          --method lora --set tune.learning_rate=5e-4
+    """
+    with working(context, "Run the same command again: tuning goes on from its last checkpoint.") as out:
+        values = {
+            "emulator": emulator,
+            "train": data_section(train, task, column, prompt_template, choice),
+            "tune": given(method=method),
+            "output": output,
+            "overwrite": overwrite,
+            **given(name=name, device=device),
+        }
+        if test is not None:
+            values["test"] = data_section(test, task, column, prompt_template, choice)
+        tune(parse(TuneCommandSettings, override(values, overrides), "scaleot tune"), out)
+
+
+def tune(settings: TuneCommandSettings, out: Output) -> None:
+    """Tunes and shows what came out (the command and the job alike)."""
+    from scaleot_ray.artifacts.storage import read_artifact
+    from scaleot_ray.stages.tune import tune_emulator
+
+    emulator = read_artifact(settings.emulator, expected_kind="emulator")
+    with ProgressBars() as bars:
+        result = tune_emulator(
+            emulator,
+            settings.train,
+            settings.tune,
+            Path(settings.output),
+            name=settings.name,
+            test=settings.test,
+            device=settings.device,
+            evaluate_examples=settings.evaluate_examples,
+            overwrite=settings.overwrite,
+            on_progress=bars,
+        )
+    document: dict[str, Any] = {
+        "schema": "scaleot.tune/1",
+        "directory": str(result.directory),
+        "method": settings.tune.method,
+        "delta": {"digest": result.delta.digest, "bytes": result.delta.nbytes},
+        "metrics": result.metrics,
+        "seconds": result.seconds,
+    }
+
+    def show(console: Console) -> None:
+        console.print(
+            f"tuned {settings.tune.method} in {clock(result.seconds)}; "
+            f"the delta is {bytes_text(result.delta.nbytes)} in {result.directory / 'delta'}"
+        )
+        for name, value in result.metrics.items():
+            console.print(f"  {name}  {value:.4g}")
+
+    out.result(document, show)

@@ -1,0 +1,133 @@
+"""The doctor finds what is wrong with a machine, and each finding has its remedy."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scaleot_ray.cli import checks
+from scaleot_ray.cli.checks import GIB
+from tests.cli.command import scaleot
+
+
+def test_this_machine() -> None:
+    done = scaleot("doctor", "--format", "json")
+    document = done.json
+    assert document["schema"] == "scaleot.doctor/1"
+    found = {check["name"]: check for check in document["checks"]}
+    assert set(found) == {
+        *(
+            "python",
+            "packages",
+            "threads",
+            "memory",
+            "disk",
+            "shared memory",
+            "gpu",
+            "deepspeed",
+            "ray",
+            "object store",
+        ),
+    }
+    assert found["ray"]["status"] == "ok", found["ray"]
+    assert found["object store"]["status"] == "ok"
+    assert found["python"]["status"] == found["packages"]["status"] == "ok"
+    failed = any(check["status"] == "fail" for check in document["checks"])
+    assert document["ok"] is not failed
+    assert done.code == (4 if failed else 0)
+    assert all(check["remedy"] for check in document["checks"] if check["status"] != "ok")
+
+
+def test_a_failed_check_is_exit_code_4(tmp_path: Path) -> None:
+    # A Ray that cannot start: the program that starts it dies at once.
+    (tmp_path / "ray.py").write_text("raise SystemExit('no ray today')\n")
+    done = scaleot("doctor", PYTHONPATH=str(tmp_path))
+    assert done.code == 4
+    assert "fail  ray" in done.out
+    assert "no ray today" in done.out
+    assert "ray stop" in done.out
+
+
+def test_python_version() -> None:
+    assert checks.python_version((3, 10, 0)).status == "ok"
+    assert checks.python_version((3, 9, 18)).status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("omp", "status"), [(None, "ok"), ("4", "ok"), ("64", "warn"), ("1", "warn"), ("many", "warn"), ("0", "warn")]
+)
+def test_threads(omp: str | None, status: str) -> None:
+    check = checks.threads(4, omp)
+    assert check.status == status
+    assert bool(check.remedy) == (status != "ok")
+
+
+@pytest.mark.parametrize(("gib", "status"), [(1, "fail"), (6, "warn"), (32, "ok")])
+def test_memory(gib: int, status: str) -> None:
+    assert checks.memory(gib * GIB).status == status
+
+
+@pytest.mark.parametrize(("free", "status"), [(0.2, "fail"), (3, "warn"), (50, "ok")])
+def test_disk(free: float, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free * GIB)))
+    assert checks.disk(tmp_path).status == status
+
+
+def test_shared_memory() -> None:
+    assert checks.shared_memory(64 * 2**20).status == "warn"
+    assert "--shm-size" in checks.shared_memory(64 * 2**20).remedy
+    assert checks.shared_memory(8 * GIB).status == "ok"
+    assert checks.shared_memory(None).status == "ok"
+
+
+@pytest.mark.parametrize(("version", "problem"), [("0.1", "torch is 0.1, needed"), (None, "torch>=2.6 is missing")])
+def test_packages(version: str | None, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checks.metadata.version
+
+    def pretend(name: str) -> str:
+        if name == "torch":
+            if version is None:
+                raise checks.metadata.PackageNotFoundError(name)
+            return version
+        return real(name)
+
+    assert checks.packages().status == "ok"
+    monkeypatch.setattr(checks.metadata, "version", pretend)
+    assert checks.packages().status == "fail"
+    assert problem in checks.packages().found
+
+
+def test_deepspeed_without_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.19.8")
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    monkeypatch.setattr(checks, "_beside_python", lambda name: False)
+    check = checks.deepspeed()
+    assert check.status == "warn"
+    assert "ninja" in check.found
+
+
+def ray_probe(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[checks.Check]:
+    def run(*_: Any, **__: Any) -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(checks.subprocess, "run", run)
+    return list(checks.ray_checks())
+
+
+def test_a_ray_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = ray_probe(monkeypatch, subprocess.TimeoutExpired("probe", 120))
+    assert check.status == "fail"
+    assert "120 s" in check.found
+
+
+def test_a_store_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = SimpleNamespace(returncode=0, stdout='{"seconds": 3.0, "zero_copy": false}\n', stderr="")
+    started, store = ray_probe(monkeypatch, answer)
+    assert (started.status, store.status) == ("ok", "warn")
+    assert "once per data owner" in store.remedy
