@@ -103,7 +103,7 @@ def _delta(manifest: Manifest, content: DeltaContent) -> list[str]:
         + f" on emulator `{manifest.parent_digest}`.",
         "## What it reveals",
         f"{parameters:,} numbers that tuning on private data changed, and nothing else. Such numbers can still "
-        "tell something about the data they were tuned on; no differential privacy was applied.",
+        "tell something about the data they were tuned on; this artefact claims no differential privacy.",
         "## What it is for",
         "It goes into the full model whose emulator it was tuned on, and into no other.",
     ]

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from scaleot_ray.artifacts.raw_bytes import DTYPES
 from scaleot_ray.errors import ArtifactRefused
@@ -37,6 +37,15 @@ _CREATED = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$"
 
 class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _finite_number(what: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArtifactRefused(
+            f"{what} is {value!r}, not a finite number.",
+            "Leave out what could not be measured; find out why it is not finite where it could.",
+        )
+    return value
 
 
 class TensorEntry(_Checked):
@@ -108,6 +117,11 @@ class EmulatorContent(_Checked):
     emulator_loss: float | None = None
     protected: bool
 
+    @field_validator("full_loss", "emulator_loss", mode="before")
+    @classmethod
+    def _finite(cls, value: Any, info: ValidationInfo) -> Any:
+        return None if value is None else _finite_number(str(info.field_name), value)
+
     @model_validator(mode="after")
     def _consistent(self) -> EmulatorContent:
         unknown = sorted(set(self.layer_map) - set(ROLES))
@@ -162,12 +176,8 @@ class MetricsContent(_Checked):
     @field_validator("values", mode="before")
     @classmethod
     def _finite(cls, values: Any) -> Any:
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ArtifactRefused(
-                    f"metric {name!r} is {value!r}, not a finite number.",
-                    "Leave out what could not be measured; metrics are plain finite numbers.",
-                )
+        if isinstance(values, dict):
+            return {name: _finite_number(f"metric {name!r}", value) for name, value in values.items()}
         return values
 
 
@@ -201,6 +211,12 @@ class Manifest(_Checked):
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
     parent_digest: Digest | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _checked_again(cls, value: Any) -> Any:
+        # A content put together with model_copy(update=…) has skipped its own checks.
+        return type(value).model_validate(value.model_dump()) if isinstance(value, _Checked) else value
 
     @field_validator("model_config_json")
     @classmethod

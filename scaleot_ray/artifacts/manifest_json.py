@@ -18,7 +18,7 @@ _REMEDY = "Fetch the artefact again from its sender, or build it again; manifest
 
 def render_manifest(manifest: Manifest) -> bytes:
     """The text of ``manifest.json``."""
-    return (json.dumps(manifest.model_dump(mode="json"), indent=2, allow_nan=False) + "\n").encode()
+    return (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode()
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from scaleot_ray.artifacts import check_crossing, describe, layer_picture, model_card
+from tests.artifacts.examples import MAP, delta, emulator, metrics
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+@pytest.mark.parametrize("beta", [0.0, 0.8])
+def test_emulator_described(name, beta):
+    artifact = emulator(name, beta=beta)
+    content = describe(artifact.manifest)
+    assert json.loads(json.dumps(content)) == content
+    assert content["digest"] == artifact.digest
+    assert content["bytes"] == artifact.nbytes
+    assert (content["plug_in_layers"], content["alpha"], content["beta"]) == (2, 0.5, beta)
+    assert content["layer_map"] == MAP
+    assert content["layers_by_role"] == {"plug_in": 2, "kept": 3, "replaced": 2, "dropped": 1}
+    assert content["loss_margin"] == pytest.approx(1.25)
+    assert 0 < content["verbatim_share"] < 1
+    counts = content["parameters_by_role"]
+    assert sum(counts.values()) == content["parameters"] == sum(t.numel() for t in artifact.tensors.values())
+    assert counts["harmonizers"] == 2 * (4 * 32 + 4 + 32 * 4 + 32)
+    assert (counts["kept_factors"] > 0) is (beta > 0)
+    assert counts["outside_layers"] + counts["plug_in"] + counts["kept"] == content["verbatim_parameters"]
+
+
+def test_other_kinds_described():
+    parent = emulator()
+    content = describe(delta(parent.manifest, "lora").manifest)
+    assert (content["kind"], content["method"], content["positions"]) == ("delta", "lora", [0, 7])
+    assert content["parent_digest"] == parent.digest
+    assert content["settings"]["rank"] == 3
+    assert describe(metrics().manifest)["values"] == {"loss": 2.5, "rows": 10}
+
+
+@pytest.mark.parametrize("layers", [1, 8, 30, 50, 51, 80, 126])
+def test_picture_shows_every_layer_within_eighty_columns(layers):
+    roles = ["plug_in", "kept", "replaced", "dropped"]
+    layer_map = [roles[(index * 7) % 4] for index in range(layers)]
+    lines = layer_picture(layer_map).splitlines()
+    assert max(len(line) for line in lines) <= 80
+    rows = [line for line in lines if line[:5].strip().isdigit()]
+    letters = "".join(row[7:].replace(" ", "") for row in rows)
+    assert letters == "".join(
+        {"plug_in": "P", "kept": "k", "replaced": "h", "dropped": "."}[role] for role in layer_map
+    )
+    assert [int(row[:5]) for row in rows] == list(range(0, layers, 50))
+    for role, word in zip(roles, ["plug-in", "kept", "replaced by a harmonizer", "dropped"], strict=True):
+        legend = [line for line in lines if word in line]
+        assert len(legend) == (1 if role in layer_map else 0)
+        if legend:
+            assert str(layer_map.count(role)) in legend[0].split()
+
+
+def test_picture_of_a_small_emulator():
+    assert layer_picture(MAP).splitlines()[0] == "    0  Pkhkh.kP"
+
+
+def test_card_of_an_emulator_is_honest():
+    artifact = emulator(beta=0.8)
+    card = model_card(artifact.manifest, "some/model", "Apache-2.0\nCopyright Somebody")
+    assert card.startswith("# Emulator for `some/model`\n")
+    assert "> Apache-2.0\n> Copyright Somebody" in card
+    assert "(2, 0.5, 0.8)" in card
+    assert "rank 4, silu" in card
+    assert "full model 3.000, emulator 4.250, margin +1.250" in card
+    share = artifact.manifest.content.verbatim_share
+    assert f"{100 * share:.1f} % of the full model's parameters" in card
+    assert "Embeddings, output head and final norm leave verbatim" in card
+    assert "Plug-in layers leave verbatim: 0, 7" in card
+    assert "Kept layers 1, 3, 6: attention weights are cut in rank by β = 0.8" in card
+    assert "Kept layers leave verbatim: 1, 3, 6" in model_card(emulator().manifest, "m", "l")
+    assert layer_picture(MAP) in card
+    assert "hides nothing" not in card
+    check_crossing(artifact.with_files({"README.md": card.encode()}))
+
+
+def test_card_says_when_an_emulator_hides_nothing():
+    bare = emulator(layer_map=["plug_in", *["kept"] * 6, "plug_in"], full_loss=None, protected=False)
+    card = model_card(bare.manifest, "m", "")
+    assert "It hides nothing" in card
+    assert "Kept layers leave verbatim: 1-6" in card
+    assert "not measured" in card
+    assert "> not stated" in card
+
+
+def test_card_of_a_delta_and_of_metrics():
+    parent = emulator().manifest
+    card = model_card(delta(parent, "bottleneck").manifest, "m", "MIT")
+    assert parent.digest() in card
+    assert "`bottleneck` (width 5, activation gelu)" in card
+    assert "tell something about the data" in card
+    assert "2 numbers: loss, rows" in model_card(metrics().manifest, "m", "MIT")
+
+
+def test_source_cannot_add_markup_to_the_card():
+    card = model_card(metrics().manifest, "m`\n# Fake heading", "MIT")
+    assert card.splitlines()[0] == "# Metrics for `m' # Fake heading`"
+    assert "\n# Fake" not in card
