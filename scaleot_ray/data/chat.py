@@ -93,15 +93,14 @@ def _unmarked(encoder: Encoder, messages: list[Message]) -> tuple[list[int], lis
 
     specials = [text for token in encoder.tokenizer.added_tokens_decoder.values() if (text := str(token).strip())]
     whole = render(messages)
-    ids = encoder.plain(whole)
-    mask = [False] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = _turn(render, messages, index, whole, specials)
-        first, last = len(encoder.plain(whole[:start])), len(encoder.plain(whole[:end]))
-        mask[first:last] = [True] * (min(last, len(ids)) - first)
-    return ids, mask
+    turns = [
+        _turn(render, messages, index, whole, specials)
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    ids, places = encoder.placed(whole)
+    # A token that reaches over the turn's start, such as a word with the space before it, belongs to the turn.
+    return ids, [any(first < end and last > start for start, end in turns) for first, last in places]
 
 
 def _turn(

@@ -15,7 +15,7 @@ class Encoder:
     special token is added by it.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a fast Hugging Face tokenizer.
 
     Raises:
         DataError: the tokenizer has no end-of-sequence token.
@@ -40,6 +40,11 @@ class Encoder:
     def text(self, text: str) -> list[int]:
         """Token ids of ``text`` as the start of a sequence."""
         return self.prefix + self.plain(text)
+
+    def placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same, and for each token the characters of ``text`` that it stands for, from and to."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoded["input_ids"]), [(first, last) for first, last in encoded["offset_mapping"]]
 
     def pairs(self, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Token ids of a context and of each text that may follow it, split as lm-evaluation-harness does.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 from scaleot_ray.config import DataSettings
 from scaleot_ray.data.chat import chat_tokens, check_template, read_messages
 from scaleot_ray.data.choice import read_choices
-from scaleot_ray.data.encoding import Encoder, check_vocabulary
+from scaleot_ray.data.encoding import Encoder
 from scaleot_ray.data.rows import Row, Rows, open_rows
 from scaleot_ray.data.template import PromptTemplate
 from scaleot_ray.errors import DataError
@@ -100,11 +99,7 @@ def token_examples(
 
 
 def choice_examples(
-    settings: DataSettings,
-    tokenizer: Any,
-    block_size: int,
-    too_long: TooLong = "error",
-    vocab_size: int | None = None,
+    settings: DataSettings, tokenizer: Any, block_size: int, too_long: TooLong = "error"
 ) -> Examples[ChoiceExample]:
     """A multiple-choice dataset for :func:`scaleot_ray.evaluation.choice.evaluate_choice`.
 
@@ -115,7 +110,6 @@ def choice_examples(
         tokenizer: a Hugging Face tokenizer.
         block_size: tokens of the prompt and the longest answer together.
         too_long: what to do with longer rows: stop, or cut the prompt's start.
-        vocab_size: tokens the model knows; ids beyond are refused.
 
     Raises:
         DataError: as :func:`token_examples`.
@@ -132,7 +126,6 @@ def choice_examples(
             context, continuations = _pairs(encoder, prompt(row), choices.texts, row.where)
             room = block_size - max(map(len, continuations))
             context = _cut(context, room, too_long, row.where, block_size)
-            check_vocabulary(itertools.chain(context, *continuations), vocab_size)
             yield ChoiceExample(context, continuations, choices.label, [len(text) for text in choices.texts])
 
     return _started(Examples(open_rows(settings), questions))

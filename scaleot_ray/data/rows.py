@@ -149,8 +149,9 @@ def _json_row(line: bytes, where: str) -> Row:
 
 
 def _parquet_rows(source: Source) -> Iterator[Row]:
-    with _readable(source), pq.ParquetFile(source.path) as file:
-        yield from _numbered(file.iter_batches(batch_size=ROWS_PER_BATCH), source)
+    # Without these two, pyarrow reads a whole row group ahead, which may be the whole file.
+    with _readable(source), pq.ParquetFile(source.path, buffer_size=PIECE_CHARACTERS, pre_buffer=False) as file:
+        yield from _numbered(file.iter_batches(batch_size=ROWS_PER_BATCH, use_threads=False), source)
 
 
 def _arrow_rows(source: Source) -> Iterator[Row]:

@@ -23,6 +23,8 @@ ENDINGS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+# What lies beside the data in many folders without being part of it.
+_NO_DATA = re.compile(r"(README|LICEN[CS]E|NOTICE|dataset_infos?)\b|[._]", re.IGNORECASE)
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -82,7 +84,7 @@ def _format(path: Path, chosen: str) -> str:
 def _folder(folder: Path, settings: DataSettings) -> list[Source]:
     wanted = [ending for ending, format in ENDINGS.items() if settings.format in ("auto", format)]
     names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in wanted)
-    names = [name for name in names if not any(part.startswith((".", "_")) for part in name.parts)]
+    names = [name for name in names if not any(_NO_DATA.match(part) for part in name.parts)]
     names = [name for name in names if (folder / name).is_file()]
     if not names:
         raise DataError(

@@ -1,0 +1,119 @@
+"""Batches: reproducible, resumable at any index, endless, right with the fewest and with the most examples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+import torch
+
+from scaleot_ray.data import Batch, TokenBatches, TokenExample, fixed, padding_id
+from scaleot_ray.errors import DataError
+from tests.data.small_tokenizer import small_tokenizer
+
+
+class Counted:
+    """Examples 0 … count−1, of lengths 1 to 4; counts how often they are read from the start."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.passes = count, 0
+
+    def __iter__(self) -> Iterator[TokenExample]:
+        self.passes += 1
+        for number in range(self.count):
+            ids = [number + 1] * (number % 4 + 1)
+            yield TokenExample(ids, [-100, *ids[1:]])
+
+
+def first(batches: TokenBatches, count: int, start: int = 0) -> list[Batch]:
+    return list(islice(batches.batches(start), count))
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        all(torch.equal(left[key], right[key]) for key in left) for left, right in zip(one, other, strict=True)
+    )
+
+
+def numbers(batches: list[Batch]) -> list[int]:
+    return [int(number) - 1 for batch in batches for number in batch["input_ids"][:, 0]]
+
+
+BUFFERS = [100, 4]  # the dataset fits; it streams through a small buffer
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_reproducible_and_resumable_anywhere(buffer: int, shuffle: bool) -> None:
+    def made(seed: int = 3) -> TokenBatches:
+        return TokenBatches(Counted(10), 4, 0, seed, shuffle=shuffle, shuffle_buffer=buffer)
+
+    expected = first(made(), 12)
+    once = made()
+    for start in range(12):
+        assert same(first(made(), 12 - start, start), expected[start:])
+        assert same(first(once, 12 - start, start), expected[start:]), "also after other passes over the same object"
+    assert same(first(made(seed=4), 12), expected) is not shuffle
+    assert same(list(islice(made(), 12)), expected)
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_every_epoch_has_each_example_once_in_its_own_order(buffer: int) -> None:
+    seen = numbers(first(TokenBatches(Counted(10), 5, 0, seed=0, shuffle_buffer=buffer), 6))
+    epochs = [seen[start : start + 10] for start in range(0, 30, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    unshuffled = numbers(first(TokenBatches(Counted(10), 5, 0, 0, shuffle=False, shuffle_buffer=buffer), 4))
+    assert unshuffled == [*range(10), *range(10)]
+
+
+def test_a_dataset_that_fits_is_read_once() -> None:
+    examples = Counted(10)
+    first(TokenBatches(examples, 4, 0, seed=0), 20)
+    assert examples.passes == 1
+    first(TokenBatches(examples, 4, 0, seed=0, shuffle_buffer=10), 20)
+    assert examples.passes == 2
+    first(TokenBatches(examples, 4, 0, seed=0, shuffle_buffer=9), 20)
+    assert examples.passes == 10
+
+
+def test_fewer_examples_than_a_batch() -> None:
+    batches = first(TokenBatches(Counted(2), 8, 0, seed=0), 3)
+    assert all(len(batch["input_ids"]) == 8 for batch in batches)
+    assert Counter(numbers(batches)) == {0: 12, 1: 12}
+
+
+def test_padding() -> None:
+    (batch,) = fixed([TokenExample([5, 6, 7], [-100, 6, 7]), TokenExample([8], [8])], 2, pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_fixed_is_one_pass_in_order() -> None:
+    assert numbers(list(fixed(Counted(10), 4, 0))) == list(range(10))
+    assert [len(batch["labels"]) for batch in fixed(Counted(10), 4, 0)] == [4, 4, 2]
+    assert numbers(list(fixed(Counted(10), 4, 0, limit=5))) == list(range(5))
+
+
+def test_token_ids_beyond_the_vocabulary() -> None:
+    assert first(TokenBatches(Counted(10), 4, 0, seed=0, vocab_size=11), 3)
+    with pytest.raises(DataError, match="token id 10, but the model has 10 tokens"):
+        first(TokenBatches(Counted(10), 4, 0, seed=0, vocab_size=10), 3)
+    with pytest.raises(DataError, match="do not match"):
+        list(fixed(Counted(10), 4, 0, vocab_size=10))
+
+
+def test_no_example_at_all() -> None:
+    with pytest.raises(DataError, match="no example to train on"):
+        first(TokenBatches(Counted(0), 4, 0, seed=0), 1)
+
+
+def test_padding_id() -> None:
+    tokenizer = small_tokenizer.__wrapped__()
+    assert padding_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert padding_id(tokenizer) == tokenizer.eos_token_id

@@ -1,0 +1,261 @@
+"""Rows as tokens and labels: every task, the split that evaluation uses, every fault of a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaleot_ray.config import DataSettings
+from scaleot_ray.data import ChoiceExample, TokenExample, choice_examples, token_examples
+from scaleot_ray.data.encoding import Encoder
+from scaleot_ray.errors import DataError
+from tests.data.small_tokenizer import small_tokenizer
+
+TOKENIZER = small_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def jsonl(folder: Path, rows: list[Any]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def parquet(folder: Path, rows: list[Any]) -> str:
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def learned(example: TokenExample) -> str:
+    return str(TOKENIZER.decode([label for label in example.labels if label >= 0]))
+
+
+def whole(example: TokenExample) -> str:
+    return str(TOKENIZER.decode(example.input_ids))
+
+
+# ---- text
+
+
+def test_text_is_packed_into_blocks(tmp_path: Path) -> None:
+    documents = ["the cat sat", "", "on the mat", "  \n", "and the dog"]
+    path = jsonl(tmp_path, [{"text": text} for text in documents])
+    examples = list(token_examples(DataSettings(path=path), TOKENIZER, 4))
+    stream = [
+        token
+        for text in documents
+        if text.strip()
+        for token in [*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS]
+    ]
+    assert [example.input_ids for example in examples] == [
+        stream[start : start + 4] for start in range(0, len(stream) - 3, 4)
+    ]
+    assert all(example.labels == example.input_ids for example in examples)
+
+
+def test_a_short_text_is_one_short_block(tmp_path: Path) -> None:
+    (example,) = token_examples(DataSettings(path=jsonl(tmp_path, [{"text": "the cat"}])), TOKENIZER, 50)
+    assert example.input_ids == [*TOKENIZER("the cat", add_special_tokens=False)["input_ids"], EOS]
+
+
+def test_text_in_pieces_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scaleot_ray.data.rows.PIECE_CHARACTERS", 20)
+    (tmp_path / "long.txt").write_text("the cat sat\non the mat\nand the dog\nsat on the log\n" * 3)
+    examples = list(token_examples(DataSettings(path=str(tmp_path / "long.txt")), TOKENIZER, 500))
+    assert whole(examples[0]) == "the cat sat\non the mat\nand the dog\nsat on the log\n" * 3 + "</s>"
+
+
+def test_blank_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column 'text' holds no text"):
+        token_examples(DataSettings(path=jsonl(tmp_path, [{"text": " "}])), TOKENIZER, 8)
+
+
+def test_each_document_starts_with_bos_where_the_tokenizer_does(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"text": "the cat"}, {"text": "the dog"}])
+    (example,) = token_examples(DataSettings(path=path), small_tokenizer(bos=True), 100)
+    assert whole(example) == "<s>the cat</s><s>the dog</s>"
+
+
+# ---- completion
+
+
+def test_completion_has_loss_on_the_completion_only(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"prompt": "the cat sat on ", "completion": "the mat"}])
+    (example,) = token_examples(DataSettings(path=path, task="completion"), TOKENIZER, 32)
+    assert whole(example) == "the cat sat on the mat</s>"
+    assert learned(example) == " the mat</s>", "the space belongs to the word it precedes"
+
+
+def test_completion_with_a_template(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"question": "sky?", "n": 3, "completion": " blue"}])
+    settings = DataSettings(path=path, task="completion", prompt_template="{{{n}}} {question}\nAnswer:")
+    (example,) = token_examples(settings, TOKENIZER, 64)
+    assert whole(example) == "{3} sky?\nAnswer: blue</s>"
+    assert learned(example) == " blue</s>"
+
+
+def test_too_long(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"prompt": "the cat sat on the mat and", "completion": " the dog"}])
+    settings = DataSettings(path=path, task="completion")
+    (full,) = token_examples(settings, TOKENIZER, 64)
+    size = len(full.input_ids)
+    assert next(iter(token_examples(settings, TOKENIZER, size))) == full
+    with pytest.raises(DataError, match=f"line 1: prompt and answer have {size} tokens, block_size is {size - 1}"):
+        token_examples(settings, TOKENIZER, size - 1)
+    (cut,) = token_examples(settings, TOKENIZER, size - 3, too_long="truncate")
+    assert (cut.input_ids, cut.labels) == (full.input_ids[3:], full.labels[3:])
+    with pytest.raises(DataError, match="leaves no room for the prompt"):
+        token_examples(settings, TOKENIZER, 2, too_long="truncate")
+
+
+# ---- choice: the formats of common benchmarks
+
+ARC = {"question": "Which is blue?", "choices": ["the sky", "the cat", "the mat"], "label": 0}
+TEMPLATE = "Question: {question}\nAnswer:"
+BENCHMARKS: dict[str, tuple[dict[str, Any], dict[str, Any], int, list[str]]] = {
+    "arc_easy": (ARC, {"prompt_template": TEMPLATE}, 0, ARC["choices"]),
+    "openbookqa": ({**ARC, "label": 2}, {"prompt_column": "question"}, 2, ARC["choices"]),
+    "sst2": (
+        {"text": "a funny film", "label": 1},
+        {"prompt_template": "{text}\nSentiment:", "choices": ("negative", "positive")},
+        1,
+        ["negative", "positive"],
+    ),
+    "banking77": (
+        {"text": "Where is my card?", "label": "card_arrival"},
+        {"prompt_column": "text", "choices": ("age_limit", "card_arrival", "top_up")},
+        1,
+        ["age_limit", "card_arrival", "top_up"],
+    ),
+    "arc of the hub": (
+        {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        {"prompt_template": TEMPLATE, "label_column": "answerKey"},
+        1,
+        ["x", "y"],
+    ),
+    "letters": ({**ARC, "label": "C"}, {"prompt_template": TEMPLATE}, 2, ARC["choices"]),
+    "texts": ({**ARC, "label": "the cat"}, {"prompt_template": TEMPLATE}, 1, ARC["choices"]),
+    "boolq": ({"text": "Is it?", "label": True}, {"prompt_column": "text", "choices": ("no", "yes")}, 1, ["no", "yes"]),
+}
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_choice_formats(tmp_path: Path, name: str, write: Any) -> None:
+    row, options, label, texts = BENCHMARKS[name]
+    settings = DataSettings(path=write(tmp_path, [row]), task="choice", **options)
+    (question,) = choice_examples(settings, TOKENIZER, 64)
+    assert question.label == label
+    assert question.lengths == [len(text) for text in texts]
+    assert [TOKENIZER.decode(ids) for ids in question.continuations] == [f" {text}" for text in texts]
+    (example,) = token_examples(settings, TOKENIZER, 64)
+    answer = question.continuations[label]
+    assert example.input_ids == question.context + answer, "training sees the tokens that evaluation scores"
+    assert example.labels == [-100] * len(question.context) + answer
+
+
+def test_a_prompt_that_ends_with_white_space_gets_no_second_space(tmp_path: Path) -> None:
+    settings = DataSettings(path=jsonl(tmp_path, [ARC]), task="choice", prompt_template="{question}\n")
+    (question,) = choice_examples(settings, TOKENIZER, 64)
+    assert TOKENIZER.decode(question.context) == "Which is blue?"
+    assert TOKENIZER.decode(question.continuations[0]) == "\nthe sky"
+
+
+def test_choice_too_long(tmp_path: Path) -> None:
+    settings = DataSettings(path=jsonl(tmp_path, [ARC]), task="choice", prompt_template=TEMPLATE)
+    (question,) = choice_examples(settings, TOKENIZER, 64)
+    longest = max(map(len, question.continuations))
+    with pytest.raises(DataError, match="line 1: prompt and answer have"):
+        choice_examples(settings, TOKENIZER, len(question.context) + longest - 1)
+    (cut,) = choice_examples(settings, TOKENIZER, len(question.context) + longest - 1, too_long="truncate")
+    assert cut == ChoiceExample(question.context[1:], question.continuations, question.label, question.lengths)
+
+
+def harness_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """lm-evaluation-harness 0.4, ``TemplateLM._encode_pair`` for causal models."""
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces > 0:
+        continuation = context[-n_spaces:] + continuation
+        context = context[:-n_spaces]
+    whole_enc = tokenizer.encode(context + continuation)
+    context_enc = tokenizer.encode(context)
+    return context_enc, whole_enc[len(context_enc) :]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@given(
+    context=st.text(alphabet="the catso \n?é", min_size=1).filter(str.strip),
+    continuation=st.text(alphabet="the catso \n?é", min_size=1),
+)
+def test_pairs_split_as_the_harness_does(bos: bool, context: str, continuation: str) -> None:
+    tokenizer = small_tokenizer(bos=bos)
+    start, (end,) = Encoder(tokenizer).pairs(context, [continuation])
+    assert (start, end) == harness_pair(tokenizer, context, continuation)
+
+
+def test_an_empty_context_becomes_one_token() -> None:
+    context, (ids,) = Encoder(TOKENIZER).pairs(" ", ["the cat"])
+    assert context == [TOKENIZER.bos_token_id]
+    assert TOKENIZER.decode(ids) == " the cat"
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"body": "x"}, {}, "there is no column 'text'; the columns are 'body'"),
+        ({"text": 3}, {}, "column 'text' holds int (3), expected text"),
+        ({"text": None}, {}, "column 'text' is null"),
+        ({"prompt": "x"}, {"task": "completion"}, "there is no column 'completion'; the columns are 'prompt'"),
+        ({"prompt": "x", "completion": ""}, {"task": "completion"}, "column 'completion' is empty"),
+        (ARC, {"task": "choice"}, "there is no column 'prompt'"),
+        (ARC, {"task": "choice", "prompt_template": "{query}:"}, "there is no column 'query'; the columns are"),
+        (ARC, {"task": "choice", "prompt_template": "{choices}:"}, "wants text in column 'choices', which holds list"),
+        (ARC, {"task": "choice", "prompt_template": "{question"}, "prompt_template: expected '}'"),
+        (ARC, {"task": "choice", "prompt_template": "{question!r}"}, "no plain {column}"),
+        (ARC, {"task": "choice", "prompt_template": "{question.__class__}"}, "no column 'question.__class__'"),
+        ({**ARC, "label": 3}, {}, "the label 3 in column 'label' is out of range: there are 3 choices"),
+        ({**ARC, "label": -1}, {}, "the label -1 in column 'label' is out of range"),
+        ({**ARC, "label": 1.0}, {}, "is float (1.0), expected an int"),
+        ({**ARC, "label": "D"}, {}, "the label 'D' in column 'label' is none of the choices"),
+        ({**ARC, "label": None}, {}, "column 'label' is null"),
+        ({**ARC, "choices": ["one"]}, {}, "there is one choice, expected at least 2"),
+        ({**ARC, "choices": []}, {}, "there are no choices, expected at least 2"),
+        ({**ARC, "choices": "a, b"}, {}, "column 'choices' holds 'a, b', expected a list of texts"),
+        ({**ARC, "choices": [1, 2]}, {}, "column 'choices' holds [1, 2], expected a list of texts"),
+    ],
+)
+def test_faults_of_a_row(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    if row.get("question") and not options:
+        options = {"task": "choice", "prompt_template": TEMPLATE}
+    with pytest.raises(DataError) as caught:
+        token_examples(DataSettings(path=jsonl(tmp_path, [row]), **options), TOKENIZER, 64)
+    assert message in caught.value.problem
+    assert caught.value.remedy.endswith(".")
+    if "prompt_template:" not in caught.value.problem:
+        assert "rows.jsonl, line 1" in caught.value.problem
+
+
+def test_a_later_row_is_named(tmp_path: Path) -> None:
+    rows = [ARC, ARC, {**ARC, "label": 7}]
+    settings = DataSettings(path=parquet(tmp_path, rows), task="choice", prompt_template=TEMPLATE)
+    examples = choice_examples(settings, TOKENIZER, 64)
+    with pytest.raises(DataError, match=r"row 3 of .*rows.parquet: the label 7"):
+        list(examples)
+
+
+def test_a_tokenizer_without_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer.__wrapped__()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        token_examples(DataSettings(path=jsonl(tmp_path, [{"text": "x"}])), tokenizer, 8)
