@@ -123,8 +123,7 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
     document: dict[str, Any] = {
         "schema": "scaleot.eval/1",
         "model": settings.model.path if settings.model else None,
-        "emulator": emulator.digest if emulator else None,
-        "delta": delta.digest if delta else None,
+        "artifacts": {"emulator": emulator.digest if emulator else None, "delta": delta.digest if delta else None},
         "seconds": time.monotonic() - start,
         **table_json(table),
     }

@@ -75,9 +75,10 @@ def show_artifact(console: Console, artifact: Mapping[str, Any]) -> None:
         ),
     ]
     rows += {"emulator": _emulator_rows, "delta": _delta_rows, "metrics": _metrics_rows}[artifact["kind"]](artifact)
+    width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         if value:
-            console.print(f"{name:<12}{value}", markup=False, soft_wrap=True)
+            console.print(f"{name:<{width}}{value}", markup=False, soft_wrap=True)
     if artifact["kind"] == "emulator":
         from scaleot_ray.artifacts.inspect import layer_picture
 

@@ -17,31 +17,60 @@ ROW_TITLES = {
 }
 
 
+MEASURES = {
+    "loss": "loss, nats/token ↓",
+    "accuracy": "accuracy ↑",
+    "normalised": "accuracy, length-normalised ↑",
+    "log_likelihood": "log-likelihood of right answer, nats ↑",
+}
+
+
 def show_standard_table(console: Console, tenants: Sequence[Mapping[str, Any]]) -> None:
     """The five rows with one column per tenant, then Δ and the recovered gain G.
+
+    Multiple-choice tenants get the same rows once more for each of their further measures.
 
     Args:
         console: where to print.
         tenants: objects as :func:`scaleot_ray.evaluation.table.table_json` gives them.
     """
+    _show_table(console, [(tenant["name"], tenant["metric"], tenant) for tenant in tenants])
+    for measure in ("normalised", "log_likelihood"):
+        further = [(tenant["name"], measure, tenant[measure]) for tenant in tenants if tenant.get(measure)]
+        if further:
+            _show_table(console, further)
+    for tenant in tenants:
+        gain = tenant.get("gain") or {}
+        if tenant.get("full_tuned") is not None and not gain.get("usable") and gain.get("reason"):
+            console.print(f"G of {tenant['name']}: {gain['reason']}", style="dim")
+
+
+def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for tenant in tenants:
-        table.add_column(f"{tenant['name']}\n{_unit(tenant['metric'])}", justify="right")
+    for name, measure, _ in columns:
+        table.add_column(f"{name}\n{MEASURES.get(measure, measure)}", justify="right")
+    values = [column[2] for column in columns]
     for row, title in ROW_TITLES.items():
-        if any(tenant.get(row) is not None for tenant in tenants):
-            table.add_row(title, *(number(tenant.get(row)) for tenant in tenants))
+        if any(value.get(row) is not None for value in values):
+            table.add_row(title, *(number(value.get(row)) for value in values))
     table.add_section()
-    table.add_row("Δ plug-in − emulator tuned", *(number(tenant.get("delta"), signed=True) for tenant in tenants))
-    table.add_row("G recovered gain", *(gain_text(tenant.get("gain")) for tenant in tenants))
+    if any(value.get("delta") is not None for value in values):
+        table.add_row("Δ plug-in − emulator tuned", *(delta_text(value) for value in values))
+    if any(value.get("full_tuned") is not None for value in values):
+        table.add_row("G recovered gain", *(gain_text(value.get("gain")) for value in values))
     console.print(table)
-    for tenant in tenants:
-        gain = tenant.get("gain")
-        if gain and not gain.get("usable") and gain.get("reason"):
-            console.print(f"G of {tenant['name']}: {gain['reason']}", style="dim")
+
+
+def delta_text(values: Mapping[str, Any]) -> str:
+    """Δ with its interval where there is one, ``-0.50 (-0.53 to -0.47)``; a dash where it is not known."""
+    delta, interval = values.get("delta"), values.get("delta_interval")
+    if delta is None:
+        return "–"
+    return f"{delta:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else f"{delta:+.3f}"
 
 
 def gain_text(gain: Mapping[str, Any] | None) -> str:
@@ -51,11 +80,9 @@ def gain_text(gain: Mapping[str, Any] | None) -> str:
     return f"{gain['value']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})"
 
 
-def number(value: float | None, signed: bool = False) -> str:
+def number(value: float | None) -> str:
     """Three decimals, or a dash."""
-    if value is None:
-        return "–"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def bytes_text(count: float) -> str:
@@ -65,7 +92,3 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def _unit(metric: str) -> str:
-    return "loss, nats/token ↓" if metric == "loss" else f"{metric} ↑"

@@ -120,6 +120,7 @@ TENANT: dict[str, Any] = {
     "plug_in": 2.87,
     "full_tuned": 2.56,
     "delta": -0.5,
+    "delta_interval": [-0.55, -0.45],
     "gain": {"value": 0.41, "low": 0.35, "high": 0.47, "usable": True, "reason": None},
 }
 
@@ -133,7 +134,14 @@ def shown(*tenants: dict[str, Any]) -> str:
 class TestTable:
     def test_five_rows_and_two_figures(self) -> None:
         text = shown(TENANT, {**TENANT, "name": "bob", "metric": "accuracy", "full_tuned": 0.5})
-        for words in ("full zero-shot", "emulator tuned", "plug-in", "2.870", "-0.500", "0.41 (0.35 to 0.47)"):
+        for words in (
+            "full zero-shot",
+            "emulator tuned",
+            "plug-in",
+            "2.870",
+            "-0.500 (-0.550 to -0.450)",
+            "0.41 (0.35 to 0.47)",
+        ):
             assert words in text
         assert "loss, nats/token ↓" in text
         assert "accuracy ↑" in text
@@ -141,7 +149,13 @@ class TestTable:
     def test_rows_that_nobody_has_are_left_out(self) -> None:
         text = shown({**TENANT, "full_tuned": None, "gain": None})
         assert "full tuned" not in text
-        assert "–" in text
+        assert "recovered gain" not in text
+
+    def test_multiple_choice_shows_its_further_measures(self) -> None:
+        choice = {**TENANT, "metric": "accuracy", "log_likelihood": {**TENANT, "plug_in": -1.25}}
+        text = shown(choice)
+        assert "log-likelihood of right answer, nats ↑" in text
+        assert "-1.250" in text
 
     def test_a_gain_that_cannot_be_said_says_why(self) -> None:
         gain = {"value": None, "low": None, "high": None, "usable": False, "reason": "full tuning gains too little"}
