@@ -111,7 +111,7 @@ def disjoint(parts: dict[str, list[str]]) -> dict[str, list[str]]:
     result = {}
     for name, documents in parts.items():
         kept = without_passages([paragraphs(text) for text in documents], taken, SHORTEST)
-        result[name] = ["\n\n".join(document) for document in kept]
+        result[name] = ["\n\n".join(document).strip() for document in kept]
         taken = np.concatenate([taken, passage_hashes(collapsed(result[name]))])
     return result
 

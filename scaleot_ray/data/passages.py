@@ -75,4 +75,4 @@ def without_passages(documents: Sequence[Document], taken: Hashes, shortest: int
 
 
 def _characters(document: Document) -> int:
-    return sum(map(len, document))
+    return sum(len(paragraph.strip()) for paragraph in document)
