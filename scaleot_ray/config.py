@@ -69,7 +69,7 @@ class DataSettings(Settings):
     completion_column: str = "completion"
     messages_column: str = "messages"
     choices_column: str = "choices"
-    label_column: str = Field("label", description="index of the right choice, from 0")
+    label_column: str = Field("label", description="the right choice: its index from 0, its text or its letter")
     prompt_template: str | None = Field(
         None, description="for choice and completion: the prompt, with {column} for a column's value"
     )
@@ -165,7 +165,7 @@ class TenantSettings(Settings):
     test: DataSettings
     cpus: int = Field(1, ge=1)
     gpus: Number = Field(0.0, ge=0)
-    tune: TuneSettings | None = Field(None, description="overrides the run's tune section for this data owner")
+    tune: TuneSettings | None = Field(None, description="taken instead of the run's tune section for this data owner")
 
 
 class RunSettings(Settings):

@@ -79,6 +79,21 @@ def test_a_dataset_that_fits_is_read_once() -> None:
     assert examples.passes == 10
 
 
+def test_a_large_dataset_streams_through_the_buffer() -> None:
+    taken = 0
+
+    def endless() -> Iterator[TokenExample]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield TokenExample([taken, taken], [taken, taken])
+
+    seen = numbers(first(TokenBatches(endless(), 4, 0, seed=0, shuffle_buffer=50), 25))
+    assert taken <= 50 + 100 + 1
+    assert seen != sorted(seen)
+    assert all(number <= 50 + place for place, number in enumerate(seen))
+
+
 def test_fewer_examples_than_a_batch() -> None:
     batches = first(TokenBatches(Counted(2), 8, 0, seed=0), 3)
     assert all(len(batch["input_ids"]) == 8 for batch in batches)
