@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from scaleot_ray.tuning.checkpoint import (
     read_checkpoint,
 )
 from scaleot_ray.tuning.delta import Delta
+from scaleot_ray.tuning.gradient_checkpointing import gradient_checkpointing
 from scaleot_ray.tuning.methods import method_named
 from scaleot_ray.tuning.optimization import Optimization
 
@@ -243,19 +244,11 @@ def _check(settings: TuneSettings, device: torch.device, evaluate: Callable[[], 
 def _training(model: Any, settings: TuneSettings, device: torch.device) -> Iterator[None]:
     """Training mode with the run's seed; afterwards the model's mode and all random generators are as before."""
     was_training = model.training
-    recompute = settings.gradient_checkpointing and not model.is_gradient_checkpointing
-    if recompute and not model.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"tune.gradient_checkpointing: {type(model).__name__} does not support it.", "Set it to false."
-        )
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    recompute = gradient_checkpointing(model) if settings.gradient_checkpointing else nullcontext()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), recompute:
         torch.manual_seed(settings.seed)
         model.train()
-        if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             yield
         finally:
-            if recompute:
-                model.gradient_checkpointing_disable()
             model.train(was_training)
