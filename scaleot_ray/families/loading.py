@@ -83,7 +83,7 @@ def load_base_model(settings: ModelSettings) -> BaseModel:
         options: dict[str, Any] = {"gguf_file": source.name}
     else:
         licence = directory_licence(source)
-        config = _directory_config(source)
+        config = directory_config(source)
         options = {"use_safetensors": True}
     family = family_of(config)
     tokenizer = read_tokenizer(settings.tokenizer or str(source))
@@ -99,7 +99,13 @@ def load_base_model(settings: ModelSettings) -> BaseModel:
     return BaseModel(_on(device, _frozen(model)), tokenizer, family, settings.path, settings.licence or licence)
 
 
-def _directory_config(directory: Path) -> Any:
+def directory_config(directory: Path) -> Any:
+    """The config of a model's directory; its weights need not be read.
+
+    Raises:
+        ConfigError: there is no valid config.json, or the weights are quantised.
+        UnsupportedArchitectureError: no family knows the architecture.
+    """
     remedy = "Give the directory that save_pretrained wrote: config.json, *.safetensors and the tokenizer."
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -14,9 +14,10 @@ from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator
-from scaleot_ray.emulator.layer_replace import mean_loss, train_stage_one
+from scaleot_ray.emulator.layer_replace import train_stage_one
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.evaluation.loss import evaluate_loss
 from scaleot_ray.families.loading import BaseModel, load_base_model, model_digest
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
@@ -124,7 +125,7 @@ def _full_loss(base: BaseModel, text: PublicText, folder: Path | None) -> float:
     known = read_record(path).get("loss") if path is not None else None
     if isinstance(known, float):
         return known
-    loss = mean_loss(base.model, text.held_out)
+    loss = evaluate_loss(base.model, text.held_out).value
     if path is not None:
         write_record(path, {"loss": loss})
     return loss

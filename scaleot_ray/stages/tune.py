@@ -78,7 +78,7 @@ def tune_emulator(
         overwrite: replace another result in ``output``.
         resume: take a finished result of the same emulator, rows and settings as it is, and go on from a
             checkpoint of them; False starts afresh.
-        on_progress: hears of ``tune NAME`` and ``evaluate NAME``.
+        on_progress: hears of ``tune NAME``, ``emulator zero shot NAME`` and ``emulator tuned NAME``.
 
     Raises:
         ConfigError: settings do not fit the model, or ``output`` holds another result.
@@ -109,14 +109,14 @@ def tune_emulator(
         rows = TestRows(test, tokenizer, tune.block_size, evaluate_examples, tune.too_long)
     values: dict[str, float] = {}
     if rows is not None:
-        values |= numbers(rows.score(model, f"evaluate {name}", on_progress), "emulator_zero_shot")
+        values |= numbers(rows.score(model, f"emulator zero shot {name}", on_progress), "emulator_zero_shot")
     checkpoint = output / "checkpoint" / f"{key[:16]}.safetensors"
     delta = tune_layers(
         model, family, content, tokenizer, train, tune, rows, f"tune {name}", checkpoint, resume, on_progress
     )
     if rows is not None:
         with plug(model, family, delta):
-            values |= numbers(rows.score(model, f"evaluate {name}", on_progress), "emulator_tuned")
+            values |= numbers(rows.score(model, f"emulator tuned {name}", on_progress), "emulator_tuned")
     artifact = delta.to_artifact(emulator.manifest)
     metrics = Artifact.create("metrics", MetricsContent(values=values), {}, parent_digest=emulator.digest)
     (output / RECORD).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Ray actors of a run and what moves artefacts between them; the environment ``local``."""

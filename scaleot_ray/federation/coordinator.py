@@ -1,0 +1,158 @@
+"""The coordinator: everything that crosses between the parties passes through it, checked and recorded.
+
+It holds the one shared copy of the emulator, the registry of what came back, and the latest progress
+report of every stage. It computes nothing, so it claims no processor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.artifacts.gate import check_crossing
+from scaleot_ray.artifacts.manifest import Manifest, MetricsContent
+from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.emulator.assemble import emulator_content
+from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
+from scaleot_ray.federation.role import Role
+from scaleot_ray.progress import Progress
+
+MODEL_OWNER = "model owner"
+COORDINATOR = "coordinator"
+
+
+def data_owner(tenant: str) -> str:
+    """Name of a data owner in messages and in the audit log."""
+    return f"data owner {tenant}"
+
+
+def evaluator(tenant: str) -> str:
+    """Name of the evaluator of one tenant's rows."""
+    return f"evaluator {tenant}"
+
+
+@dataclass
+class Entry:
+    """What the registry knows of one tenant.
+
+    Attributes:
+        metrics: the numbers that came with its delta.
+        delta_bytes, delta_digest: of the delta artefact.
+    """
+
+    metrics: dict[str, float]
+    delta_bytes: int
+    delta_digest: str
+
+
+@ray.remote(max_restarts=0, concurrency_groups={"progress": 1})
+class Coordinator(Role):
+    """Registry, audit log and gate of one run.
+
+    Args:
+        audit: file of the audit log.
+    """
+
+    def __init__(self, audit: str) -> None:
+        super().__init__(COORDINATOR, 1)
+        self._audit = AuditLog(Path(audit))
+        self._registry: dict[str, Entry] = {}
+        self._deltas: dict[str, Shared] = {}
+        self._manifest: Manifest | None = None
+        self._emulator: ray.ObjectRef | None = None
+        self._reports: dict[str, Progress] = {}
+
+    def publish(self, directory: str, tenants: list[str]) -> tuple[list[ray.ObjectRef], bytes]:
+        """Puts the emulator on disk into the object store, once, for the given tenants.
+
+        Returns:
+            The reference (in a list, so that Ray hands on the reference and not the emulator) and the
+            manifest's bytes.
+
+        Raises:
+            ArtifactRefused: the artefact is damaged, or is an emulator that hides nothing.
+        """
+        artifact = read_artifact(directory, expected_kind="emulator", verify=False)  # the gate verifies
+        for tenant in tenants:
+            self._check(artifact, MODEL_OWNER, data_owner(tenant), None)
+        shared = to_shared(artifact)
+        self._manifest, self._emulator = artifact.manifest, ray.put(shared)
+        return [self._emulator], shared["manifest"]
+
+    def declare_evaluator(self, tenant: str, rows_bytes: int) -> None:
+        """Records that the settings give one tenant's evaluator both secrets."""
+        assert self._manifest is not None
+        content = emulator_content(self._manifest)
+        declared = "evaluator declared in the settings"
+        self._audit.record(
+            MODEL_OWNER, evaluator(tenant), "full model", content.full_bytes, content.base_digest, reason=declared
+        )
+        # No digest: that of private rows would tell whoever has a guess at them.
+        self._audit.record(data_owner(tenant), evaluator(tenant), "rows", rows_bytes, "", reason=declared)
+
+    def submit(self, tenant: str, delta: Shared, metrics: Shared) -> Entry:
+        """Takes a data owner's delta and metrics through the gate into the registry.
+
+        Returns:
+            What the registry has of it now, without the delta itself.
+
+        Raises:
+            ArtifactRefused: one of them is not what it says, or not what may cross; the audit log says so too.
+        """
+        entry = Entry({}, 0, "")
+        for shared, kind in ((delta, "delta"), (metrics, "metrics")):
+            artifact = from_shared(shared)
+            if artifact.manifest.kind != kind:
+                raise ArtifactRefused(
+                    f"{data_owner(tenant)} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
+                    "Send what `tune` wrote.",
+                )
+            self._check(artifact, data_owner(tenant), MODEL_OWNER, self._manifest)
+            if isinstance(artifact.manifest.content, MetricsContent):
+                entry.metrics = dict(artifact.manifest.content.values)
+            else:
+                entry.delta_bytes, entry.delta_digest = artifact.nbytes, artifact.digest
+        self._registry[tenant], self._deltas[tenant] = entry, delta
+        return entry
+
+    def delta(self, tenant: str) -> Shared:
+        """A tenant's delta for its evaluator; recorded as a crossing of its own."""
+        shared = self._deltas[tenant]
+        self._check(from_shared(shared), MODEL_OWNER, evaluator(tenant), self._manifest)
+        return shared
+
+    def finish(self) -> None:
+        """Ends the round: the shared emulator must still be what was put.
+
+        Raises:
+            RunFailed: a reader wrote to it; names the tensor.
+        """
+        if self._emulator is not None:
+            check_unchanged(from_shared(ray.get(self._emulator)), self.name)
+
+    @ray.method(concurrency_group="progress")
+    def report(self, progress: Progress) -> None:
+        """Takes a progress report; a later one of the same stage replaces it."""
+        self._reports[progress.stage] = progress
+
+    @ray.method(concurrency_group="progress")
+    def reports(self) -> list[Progress]:
+        """The reports since the last call, the latest of each stage."""
+        latest, self._reports = self._reports, {}
+        return list(latest.values())
+
+    def _check(self, artifact: Artifact, sender: str, recipient: str, parent: Manifest | None) -> None:
+        digest, size = artifact.digest, artifact.nbytes
+        try:
+            check_crossing(artifact, parent=parent)
+        except ArtifactRefused as error:
+            self._audit.record(
+                sender, recipient, artifact.manifest.kind, size, digest, decision="refused", reason=error.problem
+            )
+            raise
+        self._audit.record(sender, recipient, artifact.manifest.kind, size, digest)

@@ -1,0 +1,80 @@
+"""A data owner's actor: it alone is told where the tenant's data is, and sends back a delta and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.config import TenantSettings, TuneSettings
+from scaleot_ray.federation.coordinator import Entry, data_owner
+from scaleot_ray.federation.object_store import check_unchanged, from_shared, to_shared
+from scaleot_ray.federation.role import Role
+from scaleot_ray.stages.tune import tune_emulator
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data owner's part of a run, as its actor is told.
+
+    Attributes:
+        tenant: its own section of the settings.
+        tune: how it tunes (the run's section, or its own).
+        evaluate_examples: at most so many test rows.
+        output: its own folder.
+    """
+
+    tenant: TenantSettings
+    tune: TuneSettings
+    evaluate_examples: int | None
+    output: str
+
+
+@ray.remote(max_restarts=0)
+class DataOwner(Role):
+    """Tunes the shared emulator on its own data.
+
+    Args:
+        cpus: threads it computes with.
+        coordinator: takes the delta and the metrics, and hears of progress.
+        part: what to do.
+    """
+
+    def __init__(self, cpus: int, coordinator: Any, part: Part) -> None:
+        super().__init__(data_owner(part.tenant.name), cpus, coordinator)
+        self._part = part
+
+    def tune(self, emulator: list[Any]) -> Entry:
+        """Tunes, and sends what came out through the coordinator's gate; returns what that took in.
+
+        Args:
+            emulator: reference to the shared emulator.
+
+        Raises:
+            RunFailed: the shared emulator is not what was put.
+            ArtifactRefused: the gate does not let the delta or the metrics pass.
+        """
+        part = self._part
+        artifact = from_shared(ray.get(emulator[0]))
+        artifact.verify()
+        result = tune_emulator(
+            artifact,
+            part.tenant.train,
+            part.tune,
+            Path(part.output),
+            name=part.tenant.name,
+            test=part.tenant.test,
+            device="auto",
+            evaluate_examples=part.evaluate_examples,
+            overwrite=True,
+            on_progress=self.reporter(),
+        )
+        check_unchanged(artifact, self.name)
+        metrics = read_artifact(result.directory / "metrics", expected_kind="metrics")
+        entry: Entry = ray.get(
+            self.coordinator.submit.remote(part.tenant.name, to_shared(result.delta), to_shared(metrics))
+        )
+        return entry

@@ -1,0 +1,65 @@
+"""The evaluator's actor: where the settings declare one, it holds the full model and a tenant's data at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from scaleot_ray.config import ModelSettings
+from scaleot_ray.evaluation.table import TenantTable
+from scaleot_ray.families.loading import BaseModel, load_base_model
+from scaleot_ray.federation.coordinator import evaluator
+from scaleot_ray.federation.data_owner import Part
+from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared
+from scaleot_ray.federation.role import Role
+from scaleot_ray.stages.evaluate import evaluate_rows
+
+
+@ray.remote(max_restarts=0)
+class Evaluator(Role):
+    """Measures the rows of one tenant's table that need both secrets.
+
+    Args:
+        cpus: threads it computes with.
+        coordinator: hands out the tenant's delta, and hears of progress.
+        model: the full model.
+        part: the tenant's section; its ``output`` is the evaluator's folder, where rows are kept.
+    """
+
+    def __init__(self, cpus: int, coordinator: Any, model: ModelSettings, part: Part) -> None:
+        super().__init__(evaluator(part.tenant.name), cpus, coordinator)
+        self._model, self._part = model, part
+        self._base: BaseModel | None = None
+
+    def evaluate(self, rows: tuple[str, ...], emulator: list[Any]) -> TenantTable:
+        """The given rows; those measured before, in this actor or an earlier one, come from its folder.
+
+        Args:
+            rows: names of rows.
+            emulator: reference to the shared emulator, which says which layers are tuned.
+        """
+        part, tenant = self._part, self._part.tenant
+        shared = from_shared(ray.get(emulator[0]))
+        delta: Shared | None = None
+        if "plug_in" in rows:
+            delta = ray.get(self.coordinator.delta.remote(tenant.name))
+        if self._base is None:
+            self._base = load_base_model(self._model)
+        table = evaluate_rows(
+            rows,
+            name=tenant.name,
+            test=tenant.test,
+            base=self._base,
+            emulator=shared,
+            delta=from_shared(delta) if delta is not None else None,
+            train=tenant.train,
+            tune=part.tune,
+            evaluate_examples=part.evaluate_examples,
+            block_size=part.tune.block_size,
+            folder=Path(part.output),
+            on_progress=self.reporter(),
+        )
+        check_unchanged(shared, self.name)
+        return table

@@ -1,0 +1,91 @@
+"""The folder of a run: where its parts lie, and that one run at a time writes to it.
+
+::
+
+    emulator/              artefact: what every data owner receives
+    model_owner/           stage-1 results; stay with the owner
+    tenants/NAME/delta/    artefact: what NAME sends back; metrics/ beside it
+    evaluator/NAME/        rows measured with both secrets, where an evaluator is declared
+    audit.jsonl            one line for every crossing
+    report.json            the result
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scaleot_ray.errors import ConfigError
+
+_LEFT_BEHIND = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\..+\.\d+")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Places inside a run's folder."""
+
+    path: Path
+
+    @property
+    def emulator(self) -> Path:
+        """The emulator artefact."""
+        return self.path / "emulator"
+
+    @property
+    def model_owner(self) -> Path:
+        """Stage-1 results."""
+        return self.path / "model_owner"
+
+    @property
+    def audit(self) -> Path:
+        """The audit log."""
+        return self.path / "audit.jsonl"
+
+    def tenant(self, name: str) -> Path:
+        """A data owner's own folder."""
+        return self.path / "tenants" / name
+
+    def evaluator(self, name: str) -> Path:
+        """What the evaluator keeps of a tenant."""
+        return self.path / "evaluator" / name
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the folder for one run, and clears away what a killed one left half-written.
+
+        Raises:
+            ConfigError: another run holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"output: {self.path} cannot be written ({error.strerror or error}).",
+                "Set output to a folder that you may write to.",
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"output: another run is working in {self.path}.", "Wait for it, or set output to another folder."
+                ) from None
+            self._clear()
+            yield
+        finally:
+            os.close(handle)
+
+    def _clear(self) -> None:
+        # Whatever is renamed into place last has such a name before; nobody else writes here now.
+        for path in [path for path in self.path.rglob(".*") if _LEFT_BEHIND.fullmatch(path.name)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

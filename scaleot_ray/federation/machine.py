@@ -1,0 +1,71 @@
+"""What this machine has for a run: cores, memory, shared memory, GPUs; container limits included."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is free now.
+
+    Attributes:
+        cpus: cores this process may use.
+        gpus: GPUs torch sees.
+        memory: bytes of free memory.
+        shared_memory: bytes free for the object store; None where the system has no /dev/shm and Ray
+            uses the temporary folder.
+    """
+
+    cpus: int
+    gpus: int
+    memory: int
+    shared_memory: int | None
+
+
+def this_machine() -> Machine:
+    """The machine we run on."""
+    shared = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
+    return Machine(usable_cores(), torch.cuda.device_count(), usable_memory(), shared)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _first_line(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return cores
+
+
+def usable_memory() -> int:
+    """Bytes of memory that are free for us, in this container."""
+    free = int(psutil.virtual_memory().available)
+    limit = _first_line(Path("/sys/fs/cgroup/memory.max"))
+    if limit.isdigit():
+        used = _first_line(Path("/sys/fs/cgroup/memory.current"))
+        free = min(free, int(limit) - int(used or 0))
+    return max(free, 0)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # not Linux, or no control groups: then there is no such limit

@@ -1,0 +1,89 @@
+"""Before a run starts: does the machine have what it needs? Better an error now than a hang later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scaleot_ray.config import RunSettings
+from scaleot_ray.errors import ResourcesMissing
+from scaleot_ray.federation.machine import Machine, free_disk
+from scaleot_ray.federation.needs import RAY, Memory, Needs
+
+_GB = 1e9
+
+
+def preflight(settings: RunSettings, needs: Needs, machine: Machine) -> None:
+    """Compares what a run needs with what is there.
+
+    Only what is certain is refused: processors, GPUs, the bytes of weights and artefacts. What
+    activations need is an estimate; it decides how many actors run at once, not whether one may.
+
+    Raises:
+        ResourcesMissing: names what was asked for, what is there, and the setting to change.
+    """
+    check_processors(settings, machine)
+    check_memory(settings, needs, machine)
+    check_disk(Path(settings.output), needs)
+
+
+def check_processors(settings: RunSettings, machine: Machine) -> None:
+    """Every actor must fit alone: those that do not fit together wait for one another.
+
+    Raises:
+        ResourcesMissing: an actor asks for more processors or GPUs than there are.
+    """
+    asked = [("owner_cpus", settings.owner_cpus, machine.cpus), ("owner_gpus", settings.owner_gpus, machine.gpus)]
+    for index, tenant in enumerate(settings.tenants):
+        asked.append((f"tenants.{index}.cpus", tenant.cpus, machine.cpus))
+        asked.append((f"tenants.{index}.gpus", tenant.gpus, machine.gpus))
+    for key, wanted, there in asked:
+        if wanted > there:
+            what = "GPUs" if key.endswith("gpus") else "processors"
+            raise ResourcesMissing(
+                f"{key}: {wanted:g} {what} are asked for, {there} are there.",
+                f"Set {key} to {there} or less, or use a larger machine.",
+            )
+
+
+def check_memory(settings: RunSettings, needs: Needs, machine: Machine) -> None:
+    """The largest actor of each phase must fit beside the shared emulator, and that into shared memory.
+
+    Raises:
+        ResourcesMissing: it does not.
+    """
+    if machine.shared_memory is not None and needs.object_store > machine.shared_memory:
+        raise ResourcesMissing(
+            f"shared memory: the object store needs {_gb(needs.object_store)} for an emulator of up to "
+            f"{_gb(needs.emulator)}, {_gb(machine.shared_memory)} are free in /dev/shm.",
+            "In a container, start it with a larger one (docker run --shm-size=…, or an emptyDir of medium Memory); "
+            "or set model.dtype to bfloat16.",
+        )
+    phases: list[tuple[str, Memory, int]] = [("the model owner's build", needs.owner, 0)]
+    phases += [(f"tuning by data owner {name}", memory, needs.emulator) for name, memory in needs.data_owners.items()]
+    phases += [(f"the evaluator of {name}", memory, needs.emulator) for name, memory in needs.evaluators.items()]
+    for what, memory, shared in phases:
+        wanted = RAY + shared + memory.weights
+        if wanted > machine.memory:
+            raise ResourcesMissing(
+                f"memory: {what} needs at least {_gb(wanted)}, {_gb(machine.memory)} are free.",
+                "Set model.dtype to bfloat16, tune.method to lora, or evaluator to false; or use a larger machine.",
+            )
+
+
+def check_disk(output: Path, needs: Needs) -> None:
+    """The output folder's disk must hold what is written; what an earlier run left there counts as written.
+
+    Raises:
+        ResourcesMissing: it does not.
+    """
+    there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) if output.is_dir() else 0
+    wanted, free = needs.disk - there, free_disk(output)
+    if wanted > free:
+        raise ResourcesMissing(
+            f"output: artefacts and checkpoints need up to {_gb(wanted)} in {output}, {_gb(free)} are free.",
+            "Free some room, or set output to a folder on another disk.",
+        )
+
+
+def _gb(count: int) -> str:
+    return f"{count / _GB:.2g} GB" if count < 10 * _GB else f"{count / _GB:.0f} GB"

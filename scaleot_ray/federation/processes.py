@@ -1,0 +1,140 @@
+"""The processes of a run: their memory together, and that none of them is left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+_SECONDS = 0.5  # between two looks
+
+
+class PeakMemory:
+    """Peak memory of this process and all its descendants together, shared pages counted once.
+
+    A thread looks twice a second. The exact figure (proportional set size, which the kernel sums over
+    every page) is taken only when a cheap one reaches a new high, so that watching costs the run
+    next to nothing. Where the system has no such figures, resident sizes are summed, which counts
+    shared memory once per process.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.others: set[int] = set()  # processes of the run that are no descendants (actors of a given Ray)
+        self._cheap_peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.look()
+            if self._stop.wait(_SECONDS):
+                return
+
+    def look(self) -> None:
+        """Takes one sample now."""
+        processes = list(self._processes())
+        cheap = _cheap_sum(processes)
+        if cheap > self._cheap_peak:
+            self._cheap_peak = cheap
+            self.bytes = max(self.bytes, _proportional_sum(processes))
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        this = psutil.Process()
+        yield this
+        yield from this.children(recursive=True)
+        for pid in list(self.others):
+            try:
+                yield psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                self.others.discard(pid)
+
+
+def _cheap_sum(processes: list[psutil.Process]) -> int:
+    """Own pages of all processes, and the largest shared part once: close below the exact figure."""
+    own = shared = 0
+    for process in processes:
+        try:
+            if Path("/proc").is_dir():
+                figures = _resident(process.pid)
+                own += figures["RssAnon"]
+                shared = max(shared, figures["RssFile"] + figures["RssShmem"])
+            else:
+                own += process.memory_info().rss
+        except (psutil.Error, OSError, KeyError):
+            continue  # it ended while we looked
+    return own + shared
+
+
+def _resident(pid: int) -> dict[str, int]:
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Rss"))
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
+
+
+def _proportional_sum(processes: list[psutil.Process]) -> int:
+    total = 0
+    for process in processes:
+        try:
+            # Proportional set size exists on Linux alone; for another user's process it may not be read.
+            total += getattr(process.memory_full_info(), "pss", None) or process.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+def ask_to_end(pids: set[int], seconds: float) -> None:
+    """Sends SIGTERM, upon which actors unwind and remove what is half-written, and waits a little."""
+    processes = []
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            process.terminate()
+            processes.append(process)
+        except psutil.Error:
+            continue  # gone already
+    psutil.wait_procs(processes, timeout=seconds)
+
+
+def end_marked(name: str, value: str, seconds: float = 5.0) -> None:
+    """Kills every process that has ``name=value`` in its environment, and waits until they are gone."""
+    deadline = time.monotonic() + seconds
+    while left := marked(name, value):
+        for process in left:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        psutil.wait_procs(left, timeout=0.5)
+        if time.monotonic() > deadline:
+            return
+
+
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Living processes, other than this one, that have ``name=value`` in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.pid != os.getpid()
+                and process.environ().get(name) == value
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # not ours to look at, or gone
+    return found

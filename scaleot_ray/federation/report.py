@@ -1,0 +1,120 @@
+"""What came out of a run: the emulator, the standard table, what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.emulator.assemble import emulator_content
+from scaleot_ray.emulator.layer_map import LayerRole, positions
+from scaleot_ray.evaluation.score import ReportedScore, Score
+from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
+from scaleot_ray.stages.record import write_record
+
+SCHEMA = "scaleot.run/1"
+FILE = "report.json"
+
+
+@dataclass
+class TenantResult:
+    """One data owner's part of the report.
+
+    Attributes:
+        name: the data owner.
+        metric: ``loss`` or ``accuracy``.
+        metrics: the numbers it sent: the emulator's two rows.
+        measured: the evaluator's rows; None without a declared evaluator.
+        delta_bytes, delta_digest: of the delta artefact.
+        seconds: ``tune``, and with an evaluator ``evaluate``.
+    """
+
+    name: str
+    metric: str
+    metrics: dict[str, float]
+    measured: TenantTable | None
+    delta_bytes: int
+    delta_digest: str
+    seconds: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """The tenant's row of the report; rows that nobody may measure are null."""
+        rows: dict[str, Score | None] = dict(self.measured.rows) if self.measured is not None else {}
+        for row in ROWS:
+            if row in self.metrics and rows.get(row) is None:
+                rows[row] = ReportedScore(self.metric, self.metrics[row])
+        return {
+            **table_json(TenantTable(self.name, self.metric, rows)),
+            "delta_bytes": self.delta_bytes,
+            "delta_digest": self.delta_digest,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass
+class RunReport:
+    """Result of :func:`scaleot_ray.federation.run.run_local`.
+
+    Attributes:
+        model: what the user gave as ``model.path``.
+        directory: the run's folder.
+        emulator: the emulator's manifest.
+        privacy: what a privacy level required and what was reached; None for a given (α, β).
+        reused_stage_one: whether stage 1 was finished before.
+        tenants: by data owner, in the settings' order.
+        seconds: ``total``, and by stage.
+        peak_rss_bytes: peak memory of all processes together, shared pages counted once.
+        audit: the audit log.
+    """
+
+    model: str
+    directory: Path
+    emulator: Manifest
+    privacy: dict[str, Any] | None
+    reused_stage_one: bool
+    tenants: list[TenantResult]
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+    audit: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain values; see docs/json.md."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "directory": str(self.directory),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "emulator": self._emulator(),
+            "tenants": [tenant.as_json() for tenant in self.tenants],
+            "audit": str(self.audit),
+        }
+
+    def write(self) -> Path:
+        """Writes ``report.json`` into the run's folder, whole or not at all."""
+        path = self.directory / FILE
+        write_record(path, self.as_json())
+        return path
+
+    def _emulator(self) -> dict[str, Any]:
+        content = emulator_content(self.emulator)
+        return {
+            "digest": self.emulator.digest(),
+            "alpha": content.alpha,
+            "beta": content.beta,
+            "plug_in_layers": content.plug_in_layers,
+            "layout": content.layout,
+            "builder": content.builder,
+            "replaced_layers": list(positions(content.layer_map, LayerRole.REPLACED)),
+            "dropped_layers": list(positions(content.layer_map, LayerRole.DROPPED)),
+            "layer_map": content.layer_map,
+            "bytes": self.emulator.nbytes,
+            "full_bytes": content.full_bytes,
+            "verbatim_share": content.verbatim_share,
+            "full_loss": content.full_loss,
+            "emulator_loss": content.emulator_loss,
+            "loss_margin": content.loss_margin,
+            "privacy": self.privacy,
+            "reused_stage_one": self.reused_stage_one,
+        }

@@ -1,0 +1,105 @@
+"""What every actor of a run has in common: its threads, its name, and where it reports to."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from scaleot_ray.federation.session import Session
+from scaleot_ray.progress import OnProgress, Progress
+
+_REPORT_SECONDS = 0.25  # a report costs a message; nobody reads more than four a second
+
+
+@dataclass(frozen=True)
+class Present:
+    """An actor's answer once it has started.
+
+    Attributes:
+        pid: its process.
+        threads: threads torch computes with.
+        gpus: GPUs it sees.
+    """
+
+    pid: int
+    threads: int
+    gpus: int
+
+
+class Role:
+    """Base of the actors.
+
+    Args:
+        name: who this is in messages, in the audit log and in progress reports.
+        cpus: threads it computes with, the ``num_cpus`` it was given.
+        coordinator: the coordinator's handle; None for the coordinator itself.
+    """
+
+    def __init__(self, name: str, cpus: int, coordinator: Any = None) -> None:
+        self.name, self.coordinator = name, coordinator
+        # The environment has sized OpenMP's pool; torch's own count and its inter-op pool follow suit.
+        torch.set_num_threads(cpus)
+        torch.set_num_interop_threads(1)
+
+    def present(self) -> Present:
+        """Answers once the actor has started."""
+        return Present(os.getpid(), torch.get_num_threads(), torch.cuda.device_count())
+
+    def reporter(self) -> OnProgress:
+        """A callback that passes progress on to the coordinator, without waiting for it."""
+        last: dict[str, float] = {}
+
+        def report(progress: Progress) -> None:
+            now = time.monotonic()
+            finished = progress.step >= progress.steps
+            if finished or now - last.get(progress.stage, -_REPORT_SECONDS) >= _REPORT_SECONDS:
+                last[progress.stage] = now
+                self.coordinator.report.remote(progress)
+
+        return report
+
+
+def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any, claim: bool = True) -> Any:
+    """Starts an actor with exactly these processors.
+
+    Args:
+        actor: the actor class.
+        session: the Ray to start it on.
+        cpus: threads it computes with.
+        gpus: GPUs, or a share of one; with 0 it sees none.
+        arguments: of its constructor.
+        claim: whether Ray counts the processors; the coordinator, which only waits, claims none.
+    """
+    environment = thread_environment(cpus)
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return actor.options(
+        num_cpus=cpus if claim else 0,
+        num_gpus=gpus,
+        max_restarts=0,
+        scheduling_strategy=session.on_this_node(),
+        runtime_env={"env_vars": environment},
+    ).remote(*arguments)
+
+
+def thread_environment(cpus: int) -> dict[str, str]:
+    """Environment that gives every library of a process ``cpus`` threads; it must be set before they start."""
+    names = (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+        "RAYON_NUM_THREADS",  # tokenizers
+    )
+    return {name: str(cpus) for name in names} | {"TOKENIZERS_PARALLELISM": "true" if cpus > 1 else "false"}
+
+
+def stop(actor: Any) -> None:
+    """Ends an actor at once; its processors and memory are free again."""
+    ray.kill(actor, no_restart=True)

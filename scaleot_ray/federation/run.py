@@ -1,0 +1,113 @@
+"""A whole run in the environment ``local``: one machine, one model owner, several data owners."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from scaleot_ray.config import DataSettings, RunSettings
+from scaleot_ray.data.sources import find_sources
+from scaleot_ray.errors import DataError
+from scaleot_ray.families.size import model_size
+from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.interruption import interruptible
+from scaleot_ray.federation.machine import this_machine
+from scaleot_ray.federation.needs import run_needs
+from scaleot_ray.federation.phases import Phases
+from scaleot_ray.federation.preflight import preflight
+from scaleot_ray.federation.processes import PeakMemory
+from scaleot_ray.federation.report import RunReport
+from scaleot_ray.federation.session import local_ray, ray_is_given
+from scaleot_ray.progress import OnProgress
+
+_AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."
+
+
+def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, debug: bool = False) -> RunReport:
+    """Runs everything: the owner builds, all data owners tune at once, an evaluator measures if declared.
+
+    Ray is started for the run and gone after it; where one is given explicitly (``RAY_ADDRESS``, or this
+    process is connected), the run's actors work there, on this node. What an earlier run of the same
+    settings finished in ``settings.output`` is reused, what it left unfinished goes on from its
+    checkpoints, and what was made with other settings is made again.
+
+    Args:
+        settings: the run.
+        on_progress: hears of every stage, in this thread.
+        debug: show what the actors print.
+
+    Returns:
+        The report, which is also written to ``report.json`` in the run's folder.
+
+    Raises:
+        ConfigError, DataError: a setting or a dataset is wrong; most of it before anything starts.
+        ArtifactRefused: something must not cross.
+        ResourcesMissing: the machine has not what the run needs.
+        RunFailed: an actor died, a loss became NaN, a shared tensor was written to.
+        Interrupted: SIGINT or SIGTERM; all processes are gone and checkpoints are usable.
+    """
+    start = time.monotonic()
+    settings = with_absolute_paths(settings)
+    check_data(settings)
+    folder = RunFolder(Path(settings.output))
+    needs = run_needs(settings, model_size(settings.model))
+    with interruptible(_AGAIN) as listen, folder.held(), PeakMemory() as memory:
+        machine = this_machine()
+        given = ray_is_given()
+        if not given:
+            preflight(settings, needs, machine)
+        with local_ray(machine.cpus, machine.gpus, needs.object_store, debug) as session:
+            listen()
+            if given:
+                machine = session.machine()
+                preflight(settings, needs, machine)
+            started = time.monotonic() - start
+            with Phases(settings, session, machine, needs, folder, memory, on_progress) as phases:
+                report = phases.run()
+    report.seconds = {"total": time.monotonic() - start, "start": started, **report.seconds}
+    report.peak_rss_bytes = memory.bytes
+    report.write()
+    return report
+
+
+def check_data(settings: RunSettings) -> None:
+    """Looks whether every dataset is there, before an hour of stage 1 is spent.
+
+    Raises:
+        DataError: one is missing or of no known format; names the key.
+    """
+    datasets = {"public": settings.public}
+    for index, tenant in enumerate(settings.tenants):
+        datasets |= {f"tenants.{index}.train": tenant.train, f"tenants.{index}.test": tenant.test}
+    for key, data in datasets.items():
+        try:
+            find_sources(data)
+        except DataError as error:
+            raise DataError(f"{key}.{error.problem}", error.remedy) from None
+
+
+def with_absolute_paths(settings: RunSettings) -> RunSettings:
+    """The same settings for a process with another working folder: existing paths in full."""
+
+    def data(section: DataSettings) -> DataSettings:
+        return section.model_copy(update={"path": _absolute(section.path)})
+
+    model = settings.model.model_copy(
+        update={
+            "path": _absolute(settings.model.path),
+            "tokenizer": settings.model.tokenizer and _absolute(settings.model.tokenizer),
+        }
+    )
+    tenants = tuple(
+        tenant.model_copy(update={"train": data(tenant.train), "test": data(tenant.test)})
+        for tenant in settings.tenants
+    )
+    output = str(Path(settings.output).expanduser().absolute())
+    return settings.model_copy(
+        update={"model": model, "public": data(settings.public), "tenants": tenants, "output": output}
+    )
+
+
+def _absolute(path: str) -> str:
+    full = Path(path).expanduser()
+    return str(full.absolute()) if full.exists() else path  # the rest are ids of models on a hub
