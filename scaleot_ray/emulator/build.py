@@ -13,6 +13,7 @@ from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.card import model_card
 from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
 from scaleot_ray.config import EmulatorSettings
+from scaleot_ray.data.batches import Batch
 from scaleot_ray.emulator.assemble import assemble_tensors
 from scaleot_ray.emulator.baselines.uniform_drop import uniformly_dropped
 from scaleot_ray.emulator.layer_map import (
@@ -23,10 +24,10 @@ from scaleot_ray.emulator.layer_map import (
     positions,
     replaced_count,
 )
-from scaleot_ray.emulator.layer_replace import TokenDict, mean_loss
 from scaleot_ray.emulator.rank_compression import compress
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
+from scaleot_ray.evaluation.loss import evaluate_loss
 from scaleot_ray.families import as_stored, dense_weight, layer_count
 from scaleot_ray.families.loading import BaseModel, tokenizer_files
 
@@ -49,7 +50,7 @@ def build_emulator(
     stage_one: StageOne | None,
     settings: EmulatorSettings,
     facts: FullModelFacts,
-    held_out: Sequence[TokenDict] = (),
+    held_out: Sequence[Batch] = (),
 ) -> Artifact:
     """An emulator artefact for the triplet (N_a, α, β) of ``settings``.
 
@@ -96,7 +97,7 @@ def build_emulator(
     if held_out:
         dtype, device = base.model.dtype, next(base.model.parameters()).device
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
-        content = content.model_copy(update={"emulator_loss": mean_loss(emulator, held_out)})
+        content = content.model_copy(update={"emulator_loss": evaluate_loss(emulator, held_out).value})
     artifact = Artifact.create(
         "emulator",
         content,

@@ -15,7 +15,7 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Ten
     """Mean KL(teacher ‖ student) over positions, in nats.
 
     Args:
-        student: logits (batch, time, vocabulary) that get a gradient.
+        student: logits (…, vocabulary) that get a gradient.
         teacher: logits of the same shape, taken as constants.
     """
     loss = _KLDivergence.apply(student.flatten(0, -2), teacher.flatten(0, -2))

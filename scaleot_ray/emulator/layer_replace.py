@@ -13,7 +13,7 @@ momentum run on; here gradients are None and Adam skips it.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from scaleot_ray.config import StageOneSettings
+from scaleot_ray.data.batches import Batch
 from scaleot_ray.emulator.closed_form import collect_statistics, fit_harmonizer
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
@@ -31,14 +32,12 @@ from scaleot_ray.errors import RunFailed
 from scaleot_ray.families import Family, hidden_size, layer_count
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
-TokenDict = dict[str, torch.Tensor]
-
 
 class Batches(Protocol):
     """Reproducible batches that can begin at any batch index (:class:`scaleot_ray.data.TokenBatches`)."""
 
-    def batches(self, start: int = 0) -> Iterator[TokenDict]:
-        """Endless batches with ``input_ids`` and ``labels`` (batch, time), from batch ``start``."""
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Endless batches of ``input_ids``, ``attention_mask``, ``labels`` (batch, time), from batch ``start``."""
         ...
 
 
@@ -55,7 +54,7 @@ def train_stage_one(
     model: nn.Module,
     family: Family,
     batches: Batches,
-    held_out: Sequence[TokenDict],
+    held_out: Sequence[Batch],
     settings: StageOneSettings,
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -89,7 +88,7 @@ class _Trainer:
         model: nn.Module,
         family: Family,
         batches: Batches,
-        held_out: Sequence[TokenDict],
+        held_out: Sequence[Batch],
         settings: StageOneSettings,
         checkpoint: Path | None,
         on_progress: OnProgress | None,
@@ -163,16 +162,16 @@ class _Trainer:
         """KL to the full model on a held-out batch when each layer alone is replaced."""
         batch = self._to_device(self.held_out[0])
         switchboard.set(frozenset())
-        teacher = self._logits(batch)
+        teacher, real = self._logits(batch), batch["attention_mask"].bool()
         meter = ProgressMeter("layer damage", len(self.positions), self.on_progress)
         damage = []
         for index in self.positions:
             switchboard.set({index})
-            damage.append(distillation_loss(self._logits(batch), teacher).item())
+            damage.append(distillation_loss(self._logits(batch)[real], teacher[real]).item())
             meter.advance(tokens=batch["input_ids"].numel())
         return damage
 
-    def _harmonizer_step(self, switchboard: Switchboard, batch: TokenDict) -> float:
+    def _harmonizer_step(self, switchboard: Switchboard, batch: Batch) -> float:
         teacher = None
         if self.settings.objective == "distill":
             switchboard.set(frozenset())
@@ -181,7 +180,11 @@ class _Trainer:
         mask = self.scores.sample()
         switchboard.set(mask)
         logits = self._logits(batch)
-        loss = language_model_loss(logits, batch["labels"]) if teacher is None else distillation_loss(logits, teacher)
+        if teacher is None:
+            loss = language_model_loss(logits, batch["labels"])
+        else:
+            real = batch["attention_mask"].bool()  # padding has nothing to teach
+            loss = distillation_loss(logits[real], teacher[real])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in self.optimizer.param_groups:
@@ -220,10 +223,10 @@ class _Trainer:
         self.scores.update(masks, credited, self.settings.score_learning_rate)
         self.history.append({"step": self.step, "candidate_losses": losses})
 
-    def _logits(self, batch: TokenDict) -> torch.Tensor:
-        return self.model(input_ids=batch["input_ids"], use_cache=False).logits
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
-    def _to_device(self, batch: TokenDict) -> TokenDict:
+    def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.parameter.device) for name, value in batch.items()}
 
     def _result(self) -> StageOne:
@@ -267,14 +270,3 @@ class _Trainer:
                 self.optimizer.state[parameter] = {
                     name: value if name == "step" else value.to(parameter) for name, value in found.items()
                 }
-
-
-def mean_loss(model: nn.Module, batches: Iterable[TokenDict]) -> float:
-    """Mean language-model loss over batches of equal size, nats per token."""
-    device = next(model.parameters()).device
-    losses = []
-    with torch.no_grad():
-        for batch in batches:
-            logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-            losses.append(language_model_loss(logits, batch["labels"].to(device)).item())
-    return sum(losses) / len(losses)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.manifest import EmulatorContent
 from scaleot_ray.config import EmulatorSettings
+from scaleot_ray.data.batches import Batch
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator
-from scaleot_ray.emulator.layer_replace import TokenDict
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families.loading import BaseModel
@@ -79,7 +79,7 @@ def build_for_privacy(
     stage_one: StageOne | None,
     settings: EmulatorSettings,
     facts: FullModelFacts,
-    held_out: Sequence[TokenDict],
+    held_out: Sequence[Batch],
     on_progress: OnProgress | None = None,
 ) -> PrivacyResult:
     """The weakest emulator of the ladder that meets ``settings.privacy``; α and β of the settings are not used.

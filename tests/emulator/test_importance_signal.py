@@ -12,10 +12,15 @@ import torch
 import transformers
 
 from scaleot_ray.config import StageOneSettings
-from scaleot_ray.emulator.layer_replace import language_model_loss, mean_loss, train_stage_one
+from scaleot_ray.emulator.layer_replace import language_model_loss, train_stage_one
+from scaleot_ray.evaluation.loss import evaluate_loss
 from scaleot_ray.families import family_of
 
 TIME, BATCH, LAYERS, WEAK = 48, 16, 10, (3, 5, 8)
+
+
+def _batch(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
 class _Text:
@@ -25,14 +30,14 @@ class _Text:
         text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")[:300_000]
         blocks = torch.tensor(list(text[: len(text) // TIME * TIME])).view(-1, TIME)
         blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
-        self.held_out = [{"input_ids": blocks[:64], "labels": blocks[:64]}]
+        self.held_out = [_batch(blocks[:64])]
         self.train = blocks[64:]
 
     def batches(self, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         index = start
         while True:
             rows = torch.arange(index * BATCH, (index + 1) * BATCH) % len(self.train)
-            yield {"input_ids": self.train[rows], "labels": self.train[rows]}
+            yield _batch(self.train[rows])
             index += 1
 
 
@@ -65,7 +70,7 @@ def trained(text: _Text) -> Any:
         loss.backward()
         optimizer.step()
     model.eval().requires_grad_(False)
-    assert mean_loss(model, text.held_out) < 2.5, "the model must have learnt something for layers to matter"
+    assert evaluate_loss(model, text.held_out).value < 2.5, "the model must have learnt something for layers to matter"
     for index in WEAK:
         layer = family_of(config).layers(model)[index]
         layer.self_attn.o_proj.weight.mul_(0.02)

@@ -2,9 +2,9 @@ import pytest
 
 from scaleot_ray.emulator import privacy
 from scaleot_ray.emulator.build import FullModelFacts
-from scaleot_ray.emulator.layer_replace import mean_loss
 from scaleot_ray.emulator.privacy import PrivacyLevel, build_for_privacy
 from scaleot_ray.errors import ConfigError
+from scaleot_ray.evaluation.loss import evaluate_loss
 from tests.emulator.test_build import STREAM, _base, _settings, _stage_one
 
 HELD_OUT = STREAM.fixed(2)
@@ -13,7 +13,7 @@ HELD_OUT = STREAM.fixed(2)
 def _build(monkeypatch, margin, verbatim):
     monkeypatch.setitem(privacy.LEVELS, "medium", PrivacyLevel(margin, verbatim))
     base = _base()
-    facts = FullModelFacts("0" * 64, mean_loss(base.model, HELD_OUT))
+    facts = FullModelFacts("0" * 64, evaluate_loss(base.model, HELD_OUT).value)
     return build_for_privacy(base, _stage_one(base), _settings(privacy="medium"), facts, HELD_OUT)
 
 

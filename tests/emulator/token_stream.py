@@ -19,7 +19,7 @@ class RandomTokens:
         index = start
         while True:
             tokens = tiny_tokens(self.batch, self.time, seed=1000 + index)
-            yield {"input_ids": tokens, "labels": tokens}
+            yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
             index += 1
 
     def fixed(self, count: int) -> list[dict[str, torch.Tensor]]:
