@@ -87,7 +87,9 @@ class StageOneSettings(Settings):
     start: Literal["closed_form", "random"] = Field(
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
     )
-    start_tokens: int = Field(16384, ge=1, description="public tokens of the closed-form start")
+    start_tokens: int = Field(
+        16384, ge=1, description="public tokens of the closed-form start and of activation-aware compression"
+    )
     score_start: Literal["single_layer", "zero"] = Field(
         "single_layer",
         description="single_layer: from the damage of replacing each layer alone; zero: the paper's start",
@@ -121,6 +123,11 @@ class EmulatorSettings(Settings):
     beta: Number = Field(0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights")
     privacy: Literal["low", "medium", "high"] | None = Field(
         None, description="choose α and β from a minimum loss margin and a maximum verbatim share instead"
+    )
+    compression: Literal["activation_aware", "svd"] = Field(
+        "activation_aware",
+        description="activation_aware: least error on the inputs that public text causes; svd: the paper's "
+        "(and what uniform_drop uses, which has seen no text)",
     )
     builder: Literal["scaleot", "uniform_drop"] = "scaleot"
     allow_unprotected: bool = Field(

@@ -147,9 +147,8 @@ def _tensors(
     verbatim = set(tensors)
     if settings.beta > 0:
         for index in positions(roles, LayerRole.KEPT):
-            verbatim -= _compress_layer(
-                family.layers(model)[index], base, family.layer_prefix(index), tensors, settings
-            )
+            moments = stage_one if settings.compression == "activation_aware" else None
+            verbatim -= _compress_layer(base, index, tensors, settings.beta, moments)
     for index in positions(roles, LayerRole.REPLACED):
         assert stage_one is not None
         for name, value in stage_one.harmonizers[index].items():
@@ -163,16 +162,18 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _compress_layer(
-    layer: nn.Module, base: BaseModel, prefix: str, tensors: dict[str, torch.Tensor], settings: EmulatorSettings
+    base: BaseModel, index: int, tensors: dict[str, torch.Tensor], beta: float, moments: StageOne | None
 ) -> set[str]:
     """Replaces a kept layer's attention weights by factors; returns the names that are no longer raw."""
+    layer, prefix = base.family.layers(base.model)[index], base.family.layer_prefix(index)
     changed = set()
     for projection in base.family.attention:
         name = prefix + projection.path
         module = layer.get_submodule(projection.path)
         weight = dense_weight(module).detach()
         rows = projection.parts(base.model.config) if projection.parts else None
-        factors, size = compress(weight, settings.beta, rows)
+        moment = moments.moment(index, projection.path) if moments is not None else None
+        factors, size = compress(weight, beta, rows, moment)
         changed.add(name + ".weight")
         if size < weight.numel():
             del tensors[name + ".weight"]
@@ -182,7 +183,7 @@ def _compress_layer(
         else:
             # Factors that need more room than their product say no more than the product does.
             product = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            for (up, down), index in zip(factors, rows or [torch.arange(len(weight))], strict=True):
-                product[index] = up @ down
+            for (up, down), part_rows in zip(factors, rows or [torch.arange(len(weight))], strict=True):
+                product[part_rows] = up @ down
             tensors[name + ".weight"] = as_stored(module, product)
     return changed

@@ -7,15 +7,9 @@ is ours; the paper starts from W_up = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-from torch import nn
 
 from scaleot_ray.emulator.harmonizer import Harmonizer
-from scaleot_ray.families import Family, hidden_size
-from scaleot_ray.progress import OnProgress, ProgressMeter
 
 MASSIVE = 5.0
 """Tokens whose norm exceeds this multiple of the batch's median carry massive activations."""
@@ -49,44 +43,6 @@ class ResidualStatistics:
         self.xx += x.T @ x
         self.xr += x.T @ r
         self.rr += r.square().sum()
-
-
-def collect_statistics(
-    model: nn.Module,
-    family: Family,
-    positions: Iterable[int],
-    batches: Iterable[dict[str, torch.Tensor]],
-    steps: int,
-    on_progress: OnProgress | None = None,
-) -> dict[int, ResidualStatistics]:
-    """One forward pass of the model over public batches, watched at the given layers.
-
-    Args:
-        batches: dicts with ``input_ids`` (batch, time); ``steps`` of them are used.
-    """
-    layers = family.layers(model)
-    parameter = next(model.parameters())
-    statistics = {index: ResidualStatistics(hidden_size(model.config), parameter.device) for index in positions}
-
-    def watch(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            statistics[index].update(hidden, family.layer_output(output))
-
-        return hook
-
-    handles = [layers[index].register_forward_hook(watch(index), with_kwargs=True) for index in statistics]
-    meter = ProgressMeter("closed form", steps, on_progress)
-    try:
-        with torch.no_grad():
-            for _, batch in zip(range(steps), batches, strict=False):
-                ids = batch["input_ids"].to(parameter.device)
-                model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
-                meter.advance(tokens=ids.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
 
 
 def fit_harmonizer(harmonizer: Harmonizer, statistics: ResidualStatistics, ridge: float) -> float:

@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.data.batches import Batch
-from scaleot_ray.emulator.closed_form import collect_statistics, fit_harmonizer
+from scaleot_ray.emulator.calibration import Calibration, calibrate
+from scaleot_ray.emulator.closed_form import fit_harmonizer
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
 from scaleot_ray.emulator.importance import LayerScores
@@ -68,7 +69,7 @@ def train_stage_one(
         settings: steps, rates, ranks, seed.
         checkpoint: file that holds the state every ``checkpoint_every`` steps. If it exists, training
             goes on from there and ends where an uninterrupted run would have ended.
-        on_progress: receives the stages ``closed form``, ``layer damage`` and ``stage 1``.
+        on_progress: receives the stages ``calibrate``, ``layer damage`` and ``stage 1``.
 
     Raises:
         RunFailed: the loss became NaN or infinite, or the checkpoint belongs to other settings.
@@ -101,6 +102,7 @@ class _Trainer:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.fit: dict[int, float] = {}
+        self.calibration = Calibration({}, {}, {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.harmonizers = {
@@ -143,14 +145,12 @@ class _Trainer:
 
     def _start(self) -> None:
         settings = self.settings
+        steps = max(1, math.ceil(settings.start_tokens / (settings.batch_size * settings.block_size)))
+        public = self.batches.batches(0)
+        self.calibration = calibrate(self.model, self.family, self.positions, public, steps, self.on_progress)
         if settings.start == "closed_form":
-            tokens = settings.batch_size * settings.block_size
-            steps = max(1, math.ceil(settings.start_tokens / tokens))
-            statistics = collect_statistics(
-                self.model, self.family, self.positions, self.batches.batches(0), steps, self.on_progress
-            )
             self.fit = {
-                index: fit_harmonizer(self.harmonizers[index], statistics[index], settings.ridge)
+                index: fit_harmonizer(self.harmonizers[index], self.calibration.residuals[index], settings.ridge)
                 for index in self.positions
             }
         if settings.score_start == "single_layer":
@@ -240,6 +240,8 @@ class _Trainer:
             fit=self.fit,
             history=self.history,
             step=self.step,
+            moments=self.calibration.moments,
+            leader=self.calibration.leader,
         )
 
     def _save(self) -> None:
@@ -263,6 +265,7 @@ class _Trainer:
         self.scores.values = torch.tensor([state.scores[index] for index in self.positions], dtype=torch.float64)
         self.scores.generator.set_state(extra["generator"])
         self.step, self.history, self.fit = state.step, state.history, state.fit
+        self.calibration = Calibration({}, state.moments, state.leader)
         for position, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             prefix = f"optimizer.{position}."
             found = {name[len(prefix) :]: value for name, value in extra.items() if name.startswith(prefix)}

@@ -37,8 +37,8 @@ class PrivacyLevel:
 
 LEVELS = {
     "low": PrivacyLevel(minimum_margin=0.1, maximum_verbatim=0.8),
-    "medium": PrivacyLevel(minimum_margin=0.3, maximum_verbatim=0.7),
-    "high": PrivacyLevel(minimum_margin=0.6, maximum_verbatim=0.6),
+    "medium": PrivacyLevel(minimum_margin=0.3, maximum_verbatim=0.65),
+    "high": PrivacyLevel(minimum_margin=0.6, maximum_verbatim=0.5),
 }
 
 LADDER = ((0.25, 0.2), (0.25, 0.5), (0.25, 0.8), (0.5, 0.5), (0.5, 0.8), (0.75, 0.5), (0.75, 0.8), (1.0, 0.0))

@@ -14,22 +14,38 @@ def kept_rank(shape: tuple[int, int], beta: float) -> int:
     return max(1, round((1 - beta) * min(shape)))
 
 
-def truncate(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best rank-r approximation of a matrix as two factors of equal weight.
+def truncate(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank-r approximation of a matrix as two factors of equal weight.
+
+    Without a moment, the truncated SVD: least error of the weights, as in the paper. With the input's
+    second moment C = L Lᵀ, least mean error of the output, E‖(W − UV)x‖² = ‖(W − UV)L‖²: the truncated
+    SVD of W L with L taken off again. (Ours; it is how SVD-LLM, arXiv 2403.07378, compresses models.)
 
     Args:
-        weight: (out, in).
+        weight: W (out, in).
         rank: r.
+        moment: C = E[x xᵀ] (in, in).
 
     Returns:
-        up (out, r) and down (r, in), in the weight's dtype; their product is the truncated SVD.
+        up (out, r) and down (r, in), in the weight's dtype.
     """
-    u, s, vh = torch.linalg.svd(
-        weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
-    )
-    root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if moment is None:
+        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    else:
+        root = _root(moment.to(wide))
+        u, s, vh = torch.linalg.svd(wide @ root, full_matrices=False)
+        vh = torch.linalg.solve_triangular(root, vh, upper=False, left=False)
+    spread = s[:rank].sqrt()
+    up, down = u[:, :rank] * spread, spread[:, None] * vh[:rank]
     return up.to(weight.dtype).contiguous(), down.to(weight.dtype).contiguous()
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """L of C = L Lᵀ; a little of the mean is added to every direction, so that none counts for nothing."""
+    wide = moment.double()
+    floor = 1e-3 * wide.diagonal().mean().clamp_min(1e-30)
+    return torch.linalg.cholesky(wide + floor * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).to(moment)
 
 
 class LowRankLinear(nn.Module):
@@ -75,7 +91,10 @@ class LowRankLinear(nn.Module):
 
 
 def compress(
-    weight: torch.Tensor, beta: float, rows: Sequence[torch.Tensor] | None = None
+    weight: torch.Tensor,
+    beta: float,
+    rows: Sequence[torch.Tensor] | None = None,
+    moment: torch.Tensor | None = None,
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
     """Factors of a projection at rank reduction β, each part of a fused one on its own.
 
@@ -83,6 +102,7 @@ def compress(
         weight: (out, in).
         beta: rank reduction, 0 < β < 1.
         rows: output rows of each part; None for a plain projection.
+        moment: second moment of the input, for :func:`truncate`.
 
     Returns:
         ``(up, down)`` of each part, and how many numbers the factors hold.
@@ -90,5 +110,5 @@ def compress(
     parts = [weight] if rows is None else [weight[index.to(weight.device)] for index in rows]
     factors = []
     for part in parts:
-        factors.append(truncate(part, kept_rank((part.shape[0], part.shape[1]), beta)))
+        factors.append(truncate(part, kept_rank((part.shape[0], part.shape[1]), beta), moment))
     return factors, sum(up.numel() + down.numel() for up, down in factors)

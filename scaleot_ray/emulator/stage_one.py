@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.harmonizer import Harmonizer
-from scaleot_ray.errors import RunFailed
+from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.families import Family
 
 
@@ -34,6 +34,9 @@ class StageOne:
         fit: R² of the closed-form start per layer (empty for the random start).
         history: one record a step: losses of harmonizer steps, candidate losses of score steps.
         step: harmonizer steps done.
+        moments: second moments of attention inputs, see :class:`~.calibration.Calibration`; kept in a
+            file of their own next to the result, since they are large and never change.
+        leader: which projection's moment serves each attention projection.
     """
 
     settings: StageOneSettings
@@ -42,6 +45,12 @@ class StageOne:
     fit: dict[int, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
+    moments: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    leader: dict[str, str] = field(default_factory=dict)
+
+    def moment(self, index: int, path: str) -> torch.Tensor | None:
+        """Second moment (in, in) of an attention projection's input, by layer and path; None if not watched."""
+        return self.moments[index][self.leader[path]] if index in self.moments else None
 
     def least_important(self, among: tuple[int, ...], count: int) -> tuple[int, ...]:
         """The ``count`` layers of lowest score among the given positions, in order of depth."""
@@ -75,18 +84,11 @@ class StageOne:
             "history": self.history,
             "step": self.step,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(cpu, temporary, metadata={"stage_one": json.dumps(record)})
-            os.replace(temporary, path)
-        except OSError as error:
-            raise RunFailed(
-                f"{path}: stage 1 could not be saved ({error.strerror or error}).", "Free disk space and run again."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        moments = _moments_file(path)
+        if self.moments and not moments.exists():
+            flat = {f"{index}:{name}": value for index, layer in self.moments.items() for name, value in layer.items()}
+            _write(moments, flat, {"leader": json.dumps(self.leader)})
+        _write(path, tensors, {"stage_one": json.dumps(record)})
 
     @classmethod
     def load(cls, path: Path) -> tuple[StageOne, dict[str, torch.Tensor]]:
@@ -96,9 +98,10 @@ class StageOne:
             RunFailed: the file is not a stage-1 result or is damaged.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["stage_one"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors, metadata = _read(path)
+            record = json.loads(metadata["stage_one"])
+            flat, about = _read(_moments_file(path))
+            leader = json.loads(about["leader"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise RunFailed(
                 f"{path}: is no readable stage-1 result ({error}).", "Delete it; stage 1 then starts afresh."
@@ -111,6 +114,10 @@ class StageOne:
                 harmonizers.setdefault(int(index), {})[inner] = value
             else:
                 extra[name] = value
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in flat.items():
+            index, _, projection = name.partition(":")
+            moments.setdefault(int(index), {})[projection] = value
         result = cls(
             settings=StageOneSettings(**record["settings"]),
             scores={int(index): score for index, score in record["scores"].items()},
@@ -118,5 +125,30 @@ class StageOne:
             fit={int(index): value for index, value in record["fit"].items()},
             history=record["history"],
             step=record["step"],
+            moments=moments,
+            leader=leader,
         )
         return result, extra
+
+
+def _moments_file(path: Path) -> Path:
+    return path.with_suffix(".moments.safetensors")
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ResourcesMissing(
+            f"{path}: stage 1 could not be saved ({error}).", "Free disk space and run the same command again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ def _stage_one(base, **changes):
 
 
 def _settings(**changes):
-    return EmulatorSettings(**{"plug_in_layers": 2, "alpha": 0.5, "beta": 0.5, **changes})
+    return EmulatorSettings(**{"plug_in_layers": 2, "alpha": 0.5, "beta": 0.5, "compression": "svd", **changes})
 
 
 @torch.no_grad()
