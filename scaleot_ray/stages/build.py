@@ -15,6 +15,7 @@ from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator
 from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.emulator.privacy import build_for_privacy
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.evaluation.loss import evaluate_loss
@@ -68,7 +69,7 @@ def build(
             goes on from its checkpoint there. None keeps nothing.
         resume: if ``output`` holds the very emulator that would be built, take it as it is.
         overwrite: replace another artefact in ``output``.
-        on_progress: hears of the stages ``closed form``, ``layer damage`` and ``stage 1``.
+        on_progress: hears of the stages ``calibrate``, ``layer damage`` and ``stage 1``.
 
     Raises:
         ConfigError: settings are out of range or hide nothing, or ``output`` exists.
@@ -99,11 +100,16 @@ def build(
             result, reused = _stage_one(base, text, stage_one, folder, on_progress)
     with _timed(seconds, "emulator"):
         facts = FullModelFacts(digest, _full_loss(base, text, folder))
-        artifact = build_emulator(base, result, emulator, facts, text.held_out)
+        reached = None
+        if emulator.privacy is None:
+            artifact = build_emulator(base, result, emulator, facts, text.held_out)
+        else:
+            chosen = build_for_privacy(base, result, emulator, facts, text.held_out, on_progress)
+            artifact, reached = chosen.artifact, chosen.as_json()
         write_artifact(artifact, output, overwrite=overwrite)
         if record is not None:
-            write_record(record, {"digest": artifact.digest, "privacy": None})
-    return BuildResult(output, artifact.manifest, reused, seconds, None)
+            write_record(record, {"digest": artifact.digest, "privacy": reached})
+    return BuildResult(output, artifact.manifest, reused, seconds, reached)
 
 
 def _stage_one(
