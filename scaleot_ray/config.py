@@ -119,7 +119,7 @@ class EmulatorSettings(Settings):
     layout: Literal["ends", "spread"] = Field(
         "ends", description="ends: first and last N_a/2 layers; spread: evenly over the depth (CRaSh)"
     )
-    alpha: Number = Field(0.5, ge=0, le=1, description="fraction of the middle layers that is replaced")
+    alpha: Number = Field(0.5, ge=0, le=1, description="fraction of the middle layers that is replaced, rounded up")
     beta: Number = Field(0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights")
     privacy: Literal["low", "medium", "high"] | None = Field(
         None, description="choose α and β from a minimum loss margin and a maximum verbatim share instead"

@@ -21,6 +21,7 @@ from scaleot_ray.cli.options import (
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import BuildSettings
+from scaleot_ray.cli.tables import privacy_text
 from scaleot_ray.config import override, parse
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
 
     def show(console: Console) -> None:
         show_artifact(console, document["artifact"])
-        console.print(f"written to {document['directory']}")
+        if result.privacy is not None:
+            console.print(privacy_text(result.privacy), markup=False, soft_wrap=True)
+        console.print(f"written to {document['directory']}", markup=False, soft_wrap=True)
 
     out.result(document, show)

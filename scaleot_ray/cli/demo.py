@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +51,8 @@ def demo_command(
     """
     with working(context, "Run the same command again: finished parts are reused, the rest goes on.") as out:
         settings = demo_settings(model, Path(output), overrides)
+        if fresh:
+            forget(Path(output))
         run(settings, out)
 
 
@@ -66,6 +69,22 @@ def demo_settings(model: str | None, output: Path, overrides: list[str]) -> RunS
     text = write_demo_text(output / "text")
     values = {**demo_defaults(), "model": section, **text_sections(text), "output": str(output)}
     return parse(RunSettings, override(values, overrides), "scaleot demo")
+
+
+def forget(output: Path) -> None:
+    """Removes what an earlier run left in ``output``, except its audit log; other folders are left alone.
+
+    Raises:
+        ConfigError: a run is working there.
+    """
+    from scaleot_ray.federation.folder import RunFolder
+
+    folder = RunFolder(output)
+    if not folder.audit.exists():
+        return
+    with folder.held():
+        for part in (folder.emulator, folder.model_owner, output / "tenants", output / "evaluator"):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def demo_defaults() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 from scaleot_ray.cli.bars import ProgressBars, clock
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption, SetOption
 from scaleot_ray.cli.output import Output, working
-from scaleot_ray.cli.tables import bytes_text, show_standard_table
+from scaleot_ray.cli.tables import bytes_text, margin_text, privacy_text, show_standard_table
 from scaleot_ray.config import RunSettings, load_yaml
 
 if TYPE_CHECKING:
@@ -44,51 +44,59 @@ def run_command(
 
 def run(settings: RunSettings, out: Output) -> None:
     """Runs and shows the report (``scaleot run`` and ``scaleot demo`` alike)."""
+    from scaleot_ray.artifacts.audit import AuditLog
+    from scaleot_ray.federation.folder import RunFolder
     from scaleot_ray.federation.run import run_local
 
+    audit = AuditLog(RunFolder(Path(settings.output).expanduser()).audit)
+    before = len(audit.read())
     with ProgressBars() as bars:
-        report = run_local(settings, on_progress=bars)
+        report = run_local(settings, on_progress=bars, debug=out.debug)
     document = report.as_json()
-    out.result(document, lambda console: show_report(console, document))
+    out.result(document, lambda console: show_report(console, document, audit.read()[before:]))
 
 
-def show_report(console: Console, report: Mapping[str, Any]) -> None:
+def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[Mapping[str, Any]]) -> None:
     """A run's report as a person reads it: the emulator, the standard table, what left each party.
 
     Args:
         console: where to print.
         report: the object of docs/json.md, schema ``scaleot.run/1``.
+        crossed: the run's lines of the audit log.
     """
-    emulator = report["emulator"]
-    margin = emulator.get("loss_margin")
-    console.print(
-        f"emulator: {emulator['replaced_layers']} layers replaced, "
-        f"α {emulator['alpha']:.2g}, β {emulator['beta']:.2g}; "
-        f"{bytes_text(emulator['bytes'])} of {bytes_text(emulator['full_bytes'])}, "
-        f"{emulator['verbatim_share']:.0%} of the parameters verbatim"
-        + (f", {margin:.2f} nats worse than the full model on public text" if margin is not None else "")
-    )
+    emulator, seconds = report["emulator"], report["seconds"]
+    for line in emulator_lines(emulator):
+        console.print(line, markup=False)
     show_standard_table(console, report["tenants"])
-    for line in crossings(report["audit"]):
-        console.print(line)
-    seconds = report["seconds"]
+    for line in crossings(crossed):
+        console.print(line, markup=False, soft_wrap=True)
     console.print(
-        f"{clock(seconds['total'])} in all; peak memory of all processes {bytes_text(report['peak_rss_bytes'])}; "
-        f"audit log {report['audit']}"
+        f"{clock(seconds['total'])} in all, peak memory of all processes {bytes_text(report['peak_rss_bytes'])}; "
+        f"everything is in {report['directory']}",
+        markup=False,
+        soft_wrap=True,
     )
 
 
-def crossings(audit: str | Path) -> list[str]:
-    """One line per party: what it sent to whom, out of the audit log."""
-    from scaleot_ray.artifacts.audit import AuditLog
-
-    sent: dict[str, dict[tuple[str, str], int]] = {}
-    for entry in AuditLog(Path(audit)).read():
-        if entry["decision"] == "sent":
-            to = sent.setdefault(entry["sender"], {})
-            key = (entry["kind"], entry["recipient"])
-            to[key] = to.get(key, 0) + entry["bytes"]
-    return [
-        f"left {sender}: " + ", ".join(f"{kind} to {to} {bytes_text(count)}" for (kind, to), count in items.items())
-        for sender, items in sent.items()
+def emulator_lines(emulator: Mapping[str, Any]) -> list[str]:
+    """What the emulator is, what it reveals, and how a privacy level was met."""
+    hidden = len(emulator["replaced_layers"]) + len(emulator["dropped_layers"])
+    lines = [
+        f"emulator: {hidden} of {len(emulator['layer_map'])} layers replaced (α {emulator['alpha']:g}, "
+        f"β {emulator['beta']:g}), {bytes_text(emulator['bytes'])} of {bytes_text(emulator['full_bytes'])}",
+        f"it reveals: {emulator['verbatim_share']:.0%} of the parameters verbatim"
+        + margin_text(emulator["loss_margin"]),
     ]
+    if emulator["privacy"] is not None:
+        lines.append(privacy_text(emulator["privacy"]))
+    return lines
+
+
+def crossings(crossed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line per sender: what it sent to whom, and what was refused."""
+    sent: dict[str, list[str]] = {}
+    for entry in crossed:
+        refused = f" (refused: {entry['reason']})" if entry["decision"] == "refused" else ""
+        item = f"{entry['kind']} {bytes_text(entry['bytes'])} to {entry['recipient']}{refused}"
+        sent.setdefault(entry["sender"], []).append(item)
+    return [f"left {sender}: {', '.join(items)}" for sender, items in sent.items()]

@@ -80,6 +80,21 @@ def gain_text(gain: Mapping[str, Any] | None) -> str:
     return f"{gain['value']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})"
 
 
+def margin_text(margin: float | None) -> str:
+    """The loss margin as the end of a sentence; nothing where it was not measured."""
+    return "" if margin is None else f", a loss {margin:.2f} nats above the full model's on public text"
+
+
+def privacy_text(privacy: Mapping[str, Any]) -> str:
+    """What a privacy level asks for, and what was reached."""
+    reached = privacy["tried"][-1]
+    return (
+        f"privacy {privacy['level']} asks for a loss margin of at least {privacy['minimum_margin']:g} nats and at most "
+        f"{privacy['maximum_verbatim']:.0%} verbatim; reached with α {reached['alpha']:g}, β {reached['beta']:g}: "
+        f"{reached['loss_margin']:.2f} nats and {reached['verbatim_share']:.0%}"
+    )
+
+
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
     return "–" if value is None else f"{value:.3f}"

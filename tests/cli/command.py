@@ -68,6 +68,46 @@ def python(*arguments: object, cwd: Path | None = None, timeout: float = 240, **
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+class Warm:
+    """Commands in forks of one process that has the libraries loaded; see :mod:`tests.cli.warm`."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._out, self._err = scratch / "out.txt", scratch / "err.txt"
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.cli.warm"],
+            cwd=PROJECT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def scaleot(self, *arguments: object, cwd: Path) -> Finished:
+        """Runs ``scaleot`` and waits."""
+        return self.run("scaleot", *arguments, cwd=cwd)
+
+    def run(self, *arguments: object, cwd: Path) -> Finished:
+        """Runs ``scaleot``, or the script that the first argument names, and waits."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd),
+            "out": str(self._out),
+            "err": str(self._err),
+        }
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        out, err = self._out.read_text(encoding="utf-8"), self._err.read_text(encoding="utf-8")
+        assert "Traceback" not in out + err, err
+        return Finished(code, out, err)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._server.communicate()
+
+
 @contextmanager
 def started(*arguments: object, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     """A running ``scaleot`` that can be sent signals; killed at the end if it is still there."""

@@ -1,0 +1,347 @@
+"""build → tune → eval → plug → inspect on a tiny model, as commands and as jobs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.command import PROJECT, Warm
+from tests.cli.conftest import BUILD, TUNE, write_rows
+
+ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
+
+
+def test_build_reports_the_emulator(place: Path) -> None:
+    document = json.loads((place / "build.json").read_text())
+    assert document["schema"] == "scaleot.build/1"
+    assert document["directory"] == "emulator"
+    artifact = document["artifact"]
+    assert (artifact["alpha"], artifact["beta"], artifact["plug_in_layers"]) == (0.5, 0.5, 2)
+    assert artifact["layers_by_role"] == {"plug_in": 2, "kept": 3, "replaced": 3, "dropped": 0}
+    assert 0 < artifact["verbatim_share"] < 1
+    assert document["reused_stage_one"] is False
+    progress = (place / "build.err").read_text()
+    assert "stage 1: 4/4" in progress
+    assert "it/s" not in progress  # no library's own bars
+
+
+def test_the_same_build_again_is_found_done(place: Path, warm: Warm) -> None:
+    arguments = ["build", "--model", "model", "--public", "public.jsonl", "--plug-in-layers", 2, "--beta", 0.5, *BUILD]
+    again = warm.scaleot(*arguments, "--output", "emulator", "--alpha", 0.5, "--format", "json", cwd=place)
+    assert again.code == 0, again.err
+    assert again.json["artifact"] == json.loads((place / "build.json").read_text())["artifact"]
+
+    other = warm.scaleot(*arguments, "--output", "emulator", "--alpha", 0.25, cwd=place)
+    assert other.code == 2
+    assert "--overwrite" in other.err
+
+    quarter = warm.scaleot(
+        *(*arguments, "--output", "quarter", "--cache", "emulator-cache", "--alpha", 0.25, "--format", "json"),
+        cwd=place,
+    )
+    assert quarter.json["reused_stage_one"] is True
+    assert "stage 1:" not in quarter.err
+
+
+def test_tune_reports_the_delta(place: Path) -> None:
+    document = json.loads((place / "tune.json").read_text())
+    assert document["schema"] == "scaleot.tune/1"
+    assert set(document["metrics"]) == {"emulator_zero_shot", "emulator_tuned"}
+    assert (place / "tuned" / "delta" / "manifest.json").exists()
+    assert document["delta"]["bytes"] > 0
+
+
+def test_a_data_owner_needs_the_emulator_only(place: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(place / "emulator", tmp_path / "emulator")
+    shutil.copy(place / "train.jsonl", tmp_path)
+    done = warm.scaleot(
+        "tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "tuned", *TUNE, cwd=tmp_path
+    )
+    assert done.code == 0, done.err
+    assert "tuned layers in" in done.out
+    assert "tuned/delta" in done.out
+
+
+class TestEval:
+    def test_all_rows(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("eval", "--model", "model", "--emulator", "emulator", "--delta", "tuned/delta", "--test", "test.jsonl"),
+            *("--train", "train.jsonl", "--set", "block_size=32", "--set", "tune.method=lora", *TUNE),
+            *("--format", "json"),
+            cwd=place,
+        )
+        document = done.json
+        assert document["schema"] == "scaleot.eval/1"
+        assert document["metric"] == "loss"
+        assert all(isinstance(document[row], float) for row in ROWS)
+        assert document["delta"] == pytest.approx(document["plug_in"] - document["emulator_tuned"])
+        assert set(document["gain"]) == {"value", "low", "high", "usable", "reason"}
+        # The data owner measured the same two rows on the same test rows.
+        metrics = json.loads((place / "tune.json").read_text())["metrics"]
+        assert {row: document[row] for row in metrics} == pytest.approx(metrics)
+
+    def test_rows_without_inputs_are_null(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("eval", "--model", "model", "--test", "choice.jsonl", "--task", "choice", "--column", "prompt=question"),
+            *("--set", "block_size=32", "--format", "json"),
+            cwd=place,
+        )
+        document = done.json
+        assert document["metric"] == "accuracy"
+        assert 0 <= document["full_zero_shot"] <= 1
+        assert [document[row] for row in ROWS[1:]] == [None] * 4
+        assert document["log_likelihood"]["full_zero_shot"] < 0
+
+    def test_a_chosen_row_as_a_table(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("eval", "--model", "model", "--emulator", "emulator", "--test", "test.jsonl", "--set", "block_size=32"),
+            *("--rows", "emulator_zero_shot"),
+            cwd=place,
+        )
+        assert done.code == 0
+        assert "emulator zero-shot" in done.out
+        assert "full zero-shot" not in done.out
+
+
+class TestPlug:
+    def test_checkpoint(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *(
+                "plug",
+                "--model",
+                "model",
+                "--emulator",
+                "emulator",
+                "--delta",
+                "tuned/delta",
+                "--output",
+                tmp_path / "m",
+            ),
+            *("--format", "json"),
+            cwd=place,
+        )
+        assert done.json["form"] == "checkpoint"
+        assert (tmp_path / "m" / "config.json").exists()
+        loss = warm.scaleot(
+            *("eval", "--model", tmp_path / "m", "--test", "test.jsonl", "--set", "block_size=32", "--format", "json"),
+            cwd=place,
+        )
+        plugged = warm.scaleot(
+            *("eval", "--model", "model", "--emulator", "emulator", "--delta", "tuned/delta", "--test", "test.jsonl"),
+            *("--rows", "plug_in", "--set", "block_size=32", "--format", "json"),
+            cwd=place,
+        )
+        assert loss.json["full_zero_shot"] == pytest.approx(plugged.json["plug_in"], abs=1e-5)
+
+    def test_adapter(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *(
+                "plug",
+                "--model",
+                "model",
+                "--emulator",
+                "emulator",
+                "--delta",
+                "tuned/delta",
+                "--output",
+                tmp_path / "a",
+            ),
+            "--adapter",
+            cwd=place,
+        )
+        assert done.code == 0, done.err
+        assert done.out.startswith("PEFT adapter written to")
+        assert (tmp_path / "a" / "adapter_config.json").exists()
+
+    def test_scale_must_be_a_number(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("plug", "--model", "model", "--emulator", "emulator", "--delta", "tuned/delta", "--output", "x"),
+            *("--set", "scale=much"),
+            cwd=place,
+        )
+        assert done.code == 2
+        assert "scaleot plug: scale: " in done.err
+
+
+class TestInspect:
+    def test_emulator(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot("inspect", "emulator", cwd=place)
+        assert done.code == 0
+        for words in ("kind", "2 plug-in layers (ends), α 0.5, β 0.5", "unchanged", "replaced by a harmonizer", "card"):
+            assert words in done.out
+
+    @pytest.mark.parametrize(
+        ("folder", "kind"), [("emulator", "emulator"), ("tuned/delta", "delta"), ("tuned/metrics", "metrics")]
+    )
+    def test_json(self, place: Path, folder: str, kind: str, warm: Warm) -> None:
+        document = warm.scaleot("inspect", folder, "--format", "json", cwd=place).json
+        assert document["schema"] == "scaleot.inspect/1"
+        assert document["artifact"]["kind"] == kind
+        assert (document["card"] is not None) == (kind == "emulator")
+
+    @pytest.mark.parametrize("folder", ["tuned/delta", "tuned/metrics"])
+    def test_small_artefacts_as_text(self, place: Path, folder: str, warm: Warm) -> None:
+        done = warm.scaleot("inspect", folder, cwd=place)
+        assert done.code == 0
+        assert "digest" in done.out
+
+
+class TestRefused:
+    """Bad inputs deep in the work end as short errors too, and nothing is left half-written."""
+
+    def test_corrupted_artefact(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        shutil.copytree(place / "emulator", tmp_path / "emulator")
+        data = bytearray((tmp_path / "emulator" / "tensors.safetensors").read_bytes())
+        data[-5] ^= 255
+        (tmp_path / "emulator" / "tensors.safetensors").write_bytes(data)
+        shutil.copy(place / "train.jsonl", tmp_path)
+        for arguments in (
+            ["inspect", "emulator"],
+            ["tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "tuned"],
+        ):
+            done = warm.scaleot(*arguments, "--format", "json", cwd=tmp_path)
+            assert done.code == 3
+            assert done.error["type"] == "ArtifactRefused"
+            assert "tensor" in done.error["message"]
+        assert not (tmp_path / "tuned").exists()
+
+    def test_truncated_artefact(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        shutil.copytree(place / "tuned" / "delta", tmp_path / "delta")
+        path = tmp_path / "delta" / "tensors.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        done = warm.scaleot("inspect", "delta", "--format", "json", cwd=tmp_path)
+        assert done.code == 3
+        assert "tensors.safetensors" in done.error["message"]
+
+    def test_artefact_of_another_kind(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot("tune", "--emulator", "tuned/delta", "--train", "train.jsonl", "--output", "x", cwd=place)
+        assert done.code == 3
+        assert "emulator" in done.err
+
+    def test_missing_data(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            "tune", "--emulator", "emulator", "--train", "none.jsonl", "--output", "x", "--format", "json", cwd=place
+        )
+        assert (done.code, done.error["type"]) == (2, "DataError")
+        assert "none.jsonl" in done.error["message"]
+        assert not (place / "x").exists()
+
+    def test_wrong_column(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", "--column", "text=body"),
+            *("--format", "json", *TUNE),
+            cwd=place,
+        )
+        assert (done.code, done.error["type"]) == (2, "DataError")
+        assert "'body'" in done.error["message"]
+        assert "'text'" in done.error["message"]
+
+    def test_empty_data(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        (tmp_path / "empty.jsonl").write_text("")
+        done = warm.scaleot(
+            "tune", "--emulator", "emulator", "--train", tmp_path / "empty.jsonl", "--output", "x", *TUNE, cwd=place
+        )
+        assert done.code == 2
+        assert "empty" in done.err
+
+    def test_wrong_label(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        write_rows(tmp_path / "c.jsonl", [{"prompt": "one", "choices": ["a", "b"], "label": 7}])
+        done = warm.scaleot(
+            "eval",
+            "--model",
+            "model",
+            "--test",
+            tmp_path / "c.jsonl",
+            "--task",
+            "choice",
+            *("--set", "block_size=32"),
+            cwd=place,
+        )
+        assert done.code == 2
+        assert "label 7" in done.err
+
+    def test_missing_model(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot("eval", "--model", "./no-model", "--test", "test.jsonl", "--format", "json", cwd=place)
+        assert done.code == 2
+        assert "no-model" in done.error["message"]
+
+    def test_too_many_plug_in_layers(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("build", "--model", "model", "--public", "public.jsonl", "--output", "x", "--plug-in-layers", 8),
+            *(*BUILD, "--format", "json"),
+            cwd=place,
+        )
+        assert done.code == 2
+        assert "plug_in_layers" in done.error["message"]
+        assert not (place / "x").exists()
+
+    def test_an_emulator_that_hides_nothing(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(
+            *("build", "--model", "model", "--public", "public.jsonl", "--output", "x", "--alpha", 0),
+            *("--cache", "emulator-cache", *BUILD),
+            cwd=place,
+        )
+        assert done.code == 2
+        assert "emulator.alpha" in done.err
+
+    def test_blocks_longer_than_the_context(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", cwd=place)
+        assert done.code == 2
+        assert "tune.block_size" in done.err
+
+
+class TestJobs:
+    """The scripts for ``ray job submit`` do the same from a YAML file."""
+
+    def test_all_four(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        model = {"path": str(place / "model")}
+        documents = {}
+        for script, settings in {
+            "build_emulator": {
+                "model": model,
+                "public": {"path": str(place / "public.jsonl")},
+                "stage_one": {"steps": 2, "block_size": 32, "harmonizer_rank": 8, "start_tokens": 512},
+                "emulator": {"plug_in_layers": 2, "alpha": 0.5},
+                "output": "emulator",
+            },
+            "tune": {
+                "emulator": "emulator",
+                "train": {"path": str(place / "train.jsonl")},
+                "tune": {"steps": 2, "block_size": 32},
+                "output": "tuned",
+            },
+            "evaluate": {
+                "model": model,
+                "emulator": "emulator",
+                "delta": "tuned/delta",
+                "test": {"path": str(place / "test.jsonl")},
+                "block_size": 16,
+            },
+            "plug_in": {"model": model, "emulator": "emulator", "delta": "tuned/delta", "output": "merged"},
+        }.items():
+            (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+            arguments = ["--set", "block_size=32"] if script == "evaluate" else []
+            done = warm.run(PROJECT / "jobs" / f"{script}.py", "job.yaml", *arguments, "--format", "json", cwd=tmp_path)
+            assert done.code == 0, done.err
+            documents[script] = done.json
+        schemas = [documents[script]["schema"] for script in documents]
+        assert schemas == ["scaleot.build/1", "scaleot.tune/1", "scaleot.eval/1", "scaleot.plug/1"]
+        assert documents["evaluate"]["plug_in"] > 0
+        assert (tmp_path / "merged" / "config.json").exists()
+
+    def test_a_wrong_file(self, tmp_path: Path, warm: Warm) -> None:
+        (tmp_path / "job.yaml").write_text("emulater: x\n")
+        done = warm.run(PROJECT / "jobs" / "tune.py", "job.yaml", "--format", "json", cwd=tmp_path)
+        assert done.code == 2
+        assert "'emulater'" in done.error["message"]
+
+    @pytest.mark.parametrize("script", ["build_emulator", "tune", "plug_in", "evaluate"])
+    def test_help(self, script: str, warm: Warm) -> None:
+        done = warm.run(PROJECT / "jobs" / f"{script}.py", "--help", cwd=PROJECT)
+        assert done.code == 0
+        assert "ray job submit" in done.out
+        assert "CONFIG.yaml" in done.out
