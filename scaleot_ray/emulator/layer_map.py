@@ -6,6 +6,7 @@ ScaleOT (arXiv 2412.09812) calls the layers that the data owner tunes "adapter";
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
@@ -54,8 +55,8 @@ def middle_layers(layers: int, plug_in: Iterable[int]) -> tuple[int, ...]:
 
 
 def replaced_count(middle: int, alpha: float) -> int:
-    """How many of ``middle`` layers a fraction α replaces (rounded to the nearest whole layer)."""
-    return round(alpha * middle)
+    """How many of ``middle`` layers a fraction α replaces: rounded up, so that no less than α is hidden."""
+    return math.ceil(alpha * middle - 1e-9)
 
 
 def layer_map(

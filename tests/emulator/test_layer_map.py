@@ -37,8 +37,8 @@ def test_middle_layers_and_plug_in_layers_make_the_whole():
     assert sorted((*plug_in, *middle)) == list(range(30))
 
 
-@pytest.mark.parametrize(("alpha", "count"), [(0, 0), (0.25, 6), (0.5, 13), (1, 26)])
-def test_alpha_counts_middle_layers(alpha, count):
+@pytest.mark.parametrize(("alpha", "count"), [(0, 0), (0.01, 1), (0.25, 7), (0.5, 13), (1, 26)])
+def test_alpha_counts_middle_layers_and_never_hides_less(alpha, count):
     assert replaced_count(26, alpha) == count
 
 
