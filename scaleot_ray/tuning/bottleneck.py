@@ -22,11 +22,11 @@ MODULE = "bottleneck"
 class Bottleneck(nn.Module):
     """h + up(act(down(h))) on hidden states h (batch, time, d); ``up`` starts at zero, so it starts as h."""
 
-    def __init__(self, size: int, width: int, activation: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, width: int, activation: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.down = nn.Linear(size, width, dtype=dtype, device=device)
+        self.down = nn.Linear(size, width, dtype=dtype)
         self.act = ACTIVATIONS[activation]()
-        self.up = nn.Linear(width, size, dtype=dtype, device=device)
+        self.up = nn.Linear(width, size, dtype=dtype)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -74,9 +74,9 @@ class ResidualBottleneck(PlugInMethod):
         for position in positions:
             layer = family.layers(model)[position]
             like = next(layer.parameters())
-            # A submodule of the layer, so that it moves and is counted with it.
-            added = Bottleneck(hidden_size(model.config), width, activation, delta_dtype(like.dtype), like.device)
-            layer.add_module(MODULE, added)
+            # Made on the CPU, so that a seed means the same start on every device.
+            added = Bottleneck(hidden_size(model.config), width, activation, delta_dtype(like.dtype)).to(like.device)
+            layer.add_module(MODULE, added)  # a submodule, so that it moves and is counted with the layer
             self._layers.append(layer)
             self._hooks.append(layer.register_forward_hook(after_layer))
             for name, parameter in added.named_parameters():

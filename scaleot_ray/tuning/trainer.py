@@ -92,6 +92,10 @@ def tune(
 ) -> Tuned:
     """Tunes the layers at ``positions`` and gives what changed; the model is then as it was before.
 
+    The model trains in training mode, so with the dropout that its config has (GPT-2, OPT; Llama-like
+    models have none). Batches, dropout and new parameters follow ``settings.seed``; the caller's random
+    generators are left as they were.
+
     Args:
         model: a causal LM whose layers at ``positions`` are raw: an emulator or a full model.
         batches: seeded and re-iterable; one step takes ``settings.accumulate`` of them.

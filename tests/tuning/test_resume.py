@@ -21,7 +21,7 @@ from tests.tuning.tiny_batches import POSITIONS, bits, tiny_batches, tiny_settin
 
 def run(model: Any, checkpoint: Path | None, data_seed: int = 0, stop_at: int | None = None, **options: Any) -> Tuned:
     """A run of 12 steps with dropout (gpt2), accumulation and evaluations; Ctrl-C after step ``stop_at``."""
-    ids = tiny_tokens()
+    ids = tiny_tokens().to(model.device)
 
     def on_progress(progress: Progress) -> None:
         if progress.step == stop_at:
