@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import torch
+import transformers
 
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress, Progress
@@ -45,6 +46,7 @@ class Role:
         # The environment has sized OpenMP's pool; torch's own count and its inter-op pool follow suit.
         torch.set_num_threads(cpus)
         torch.set_num_interop_threads(1)
+        transformers.utils.logging.disable_progress_bar()  # nobody watches an actor's own output
 
     def present(self) -> Present:
         """Answers once the actor has started."""

@@ -113,16 +113,20 @@ def _connected(address: str, debug: bool) -> Iterator[None]:
 def _started(cpus: int, gpus: int, object_store_bytes: int, debug: bool) -> Iterator[None]:
     mark = secrets.token_hex(8)
     folder = Path(tempfile.mkdtemp(prefix="scaleot-", dir=_short_folder()))
-    with _environment({MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}):
-        try:
+    # Ray prints what happens to workers, whatever log_to_driver says; we say it in our own words.
+    worker = ray._private.worker
+    talkative, worker._worker_logs_enabled = worker._worker_logs_enabled, debug
+    try:
+        with _environment({MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}):  # all of Ray's processes inherit it
             _start(cpus, gpus, object_store_bytes, folder, debug)
-            yield
-        finally:
-            # Interrupted while starting, Ray may not know of its own processes: the mark finds them all.
-            with contextlib.suppress(Exception):
-                ray.shutdown()
-            end_marked(MARK, mark)
-            shutil.rmtree(folder, ignore_errors=True)
+        yield
+    finally:
+        # Interrupted while starting, Ray may not know of its own processes: the mark finds them all.
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        worker._worker_logs_enabled = talkative
+        end_marked(MARK, mark)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(cpus: int, gpus: int, object_store_bytes: int, folder: Path, debug: bool) -> None:

@@ -1,0 +1,105 @@
+"""Build as a whole step: caches, resuming, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.config import DataSettings, EmulatorSettings
+from scaleot_ray.emulator.assemble import emulator_content
+from scaleot_ray.errors import ConfigError, DataError
+from scaleot_ray.progress import Progress
+from scaleot_ray.stages.build import BuildResult, build
+from scaleot_ray.stages.public_text import HELD_OUT, read_public_text
+from tests.stages.conftest import Built
+
+
+def again(built: Built, output: Path, **changes: Any) -> BuildResult:
+    """The same build with some arguments changed."""
+    arguments = {
+        "public": built.settings.public,
+        "stage_one": built.settings.stage_one,
+        "emulator": built.settings.emulator,
+        "cache": built.folder / "cache",
+        **changes,
+    }
+    return build(built.base, output=output, **arguments)
+
+
+def test_other_emulators_come_from_the_same_stage_one(built: Built, tmp_path: Path) -> None:
+    heard: list[Progress] = []
+    settings = EmulatorSettings(alpha=0.25, beta=0.5, plug_in_layers=2)
+    result = again(built, tmp_path / "e", emulator=settings, on_progress=heard.append)
+    assert result.reused_stage_one
+    assert not [report for report in heard if report.stage == "stage 1"]
+    content = emulator_content(result.manifest)
+    assert (content.alpha, content.beta) == (0.25, 0.5)
+    assert content.loss_margin is not None
+
+
+def test_other_text_needs_a_stage_one_of_its_own(built: Built, tmp_path: Path) -> None:
+    lines = Path(built.settings.public.path).read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(reversed(lines)))
+    other = again(built, tmp_path / "e", public=DataSettings(path=str(tmp_path / "other.jsonl")))
+    assert not other.reused_stage_one
+
+
+def test_moved_text_is_the_same_text(built: Built, tmp_path: Path) -> None:
+    shutil.copy(built.settings.public.path, tmp_path / "moved.jsonl")
+    assert again(built, tmp_path / "e", public=DataSettings(path=str(tmp_path / "moved.jsonl"))).reused_stage_one
+
+
+def test_the_very_emulator_is_taken_as_it_is(built: Built, tmp_path: Path) -> None:
+    output = tmp_path / "e"
+    first = again(built, output, resume=True)
+    written = (output / "manifest.json").stat().st_mtime_ns
+    assert again(built, output, resume=True).manifest.digest() == first.manifest.digest()
+    assert (output / "manifest.json").stat().st_mtime_ns == written
+    # A damaged one is not: it is built again.
+    tensors = output / "tensors.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    again(built, output, resume=True, overwrite=True)
+    assert read_artifact(output).digest == first.manifest.digest()
+
+
+def test_an_existing_output_is_kept(built: Built, tmp_path: Path) -> None:
+    again(built, tmp_path / "e")
+    with pytest.raises(ConfigError, match="exists already"):
+        again(built, tmp_path / "e")
+
+
+def test_privacy_result_comes_back_with_a_reused_emulator(built: Built, tmp_path: Path) -> None:
+    # A random model loses nothing when layers are replaced, so no level can be met on it.
+    with pytest.raises(ConfigError, match="emulator.privacy: low asks"):
+        again(built, tmp_path / "e", emulator=EmulatorSettings(privacy="low", plug_in_layers=2))
+    assert not (tmp_path / "e").exists()
+
+
+def test_held_out_text_is_not_trained_on(built: Built) -> None:
+    text = read_public_text(built.settings.public, built.base, built.settings.stage_one)
+    held_out = torch.cat([batch["input_ids"] for batch in text.held_out])
+    assert 1 <= len(held_out) <= HELD_OUT
+    assert len({batch["input_ids"].shape for batch in text.held_out}) == 1
+    seen = {
+        tuple(row.tolist()) for _, batch in zip(range(200), text.batches, strict=False) for row in batch["input_ids"]
+    }
+    assert not seen & {tuple(row.tolist()) for row in held_out}
+
+
+def test_text_that_is_too_short_is_refused(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(DataError, match="gives one sequence"):
+        again(built, tmp_path / "e", public=DataSettings(path=str(tmp_path / "short.jsonl")))
+
+
+def test_blocks_beyond_the_context_are_refused(built: Built, tmp_path: Path) -> None:
+    stage_one = built.settings.stage_one.model_copy(update={"block_size": 65})
+    with pytest.raises(ConfigError, match=r"stage_one.block_size: 65 .* context has 64"):
+        again(built, tmp_path / "e", stage_one=stage_one)

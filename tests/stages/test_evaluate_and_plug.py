@@ -1,0 +1,129 @@
+"""The standard table's rows, and the model owner's plug-in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
+from scaleot_ray.families.loading import load_base_model
+from scaleot_ray.progress import Progress
+from scaleot_ray.stages.evaluate import evaluate_rows
+from scaleot_ray.stages.plug import plug_in
+from scaleot_ray.stages.tune import tune_emulator
+from tests.stages.conftest import Built
+from tests.tiny_models import save_tiny, tiny_tokens
+
+
+@pytest.fixture(scope="module")
+def delta(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Alice's delta."""
+    alice, folder = built.settings.tenants[0], tmp_path_factory.mktemp("alice")
+    return tune_emulator(built.emulator, alice.train, built.settings.tune, folder, device="cpu").delta
+
+
+def table(built: Built, **changes: Any) -> TenantTable:
+    """Alice's rows; ``changes`` says from what."""
+    alice = built.settings.tenants[0]
+    arguments = {
+        "rows": ROWS,
+        "name": "alice",
+        "test": alice.test,
+        "block_size": 32,
+        "evaluate_examples": 16,
+        **changes,
+    }
+    return evaluate_rows(device="cpu", **arguments)
+
+
+def everything(built: Built, delta: Artifact) -> dict[str, Any]:
+    """The inputs of all five rows."""
+    return {
+        "base": built.base,
+        "emulator": built.emulator,
+        "delta": delta,
+        "train": built.settings.tenants[0].train,
+        "tune": built.settings.tune,
+    }
+
+
+def test_all_rows(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in built.base.model.state_dict().items()}
+    values = table_json(table(built, folder=tmp_path, **everything(built, delta)))
+    assert all(isinstance(values[row], float) for row in ROWS)
+    assert values["full_tuned"] < values["full_zero_shot"]
+    assert values["emulator_tuned"] < values["emulator_zero_shot"]
+    # Plugging in and tuning the full model leave it as it was, bit for bit.
+    assert all(torch.equal(value, before[name]) for name, value in built.base.model.state_dict().items())
+    # Measured once, never again; nothing but the rows stays.
+    heard: list[Progress] = []
+    again = table(built, folder=tmp_path, on_progress=heard.append, **everything(built, delta))
+    assert not heard
+    assert table_json(again) == values
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{row}.json" for row in ROWS)
+
+
+def test_rows_without_their_inputs_stay_out(built: Built, delta: Artifact) -> None:
+    assert list(table(built, base=built.base).rows) == ["full_zero_shot"]
+    assert list(table(built, emulator=built.emulator).rows) == ["emulator_zero_shot"]
+    assert list(table(built, emulator=built.emulator, delta=delta).rows) == ["emulator_zero_shot", "emulator_tuned"]
+
+
+def test_rows_of_another_delta_are_measured_again(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    rows, inputs = ("full_zero_shot", "plug_in"), everything(built, delta)
+    first = table(built, rows=rows, folder=tmp_path, **inputs)
+    tensors = {name: 2 * tensor for name, tensor in delta.tensors.items()}
+    other = Artifact.create(
+        "delta", delta.manifest.content, tensors, family="llama", parent_digest=built.emulator.digest
+    )
+    heard: set[str] = set()
+    second = table(
+        built, rows=rows, folder=tmp_path, on_progress=lambda p: heard.add(p.stage), **{**inputs, "delta": other}
+    )
+    assert heard == {"plug in alice"}
+    assert second.value("plug_in") != first.value("plug_in")
+
+
+def test_an_unknown_row_is_refused(built: Built) -> None:
+    with pytest.raises(ConfigError, match="'best' is no row"):
+        table(built, rows=("best",), base=built.base)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model of the same shape with other weights."""
+    folder = save_tiny(tmp_path_factory.mktemp("stranger") / "model", seed=1)
+    from scaleot_ray.config import ModelSettings
+
+    return load_base_model(ModelSettings(path=str(folder), device="cpu"))
+
+
+def test_another_full_model_is_refused(built: Built, delta: Artifact, stranger: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not the model the emulator was built from"):
+        table(built, **{**everything(built, delta), "base": stranger})
+    with pytest.raises(ConfigError, match="is not the model the emulator was built from"):
+        plug_in(stranger, delta, built.emulator.manifest, tmp_path / "out")
+
+
+def test_a_delta_of_another_emulator_is_refused(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    other = replace(delta, manifest=delta.manifest.model_copy(update={"parent_digest": "0" * 64}))
+    with pytest.raises(ArtifactRefused, match="was tuned on emulator"):
+        table(built, **{**everything(built, delta), "delta": other})
+    with pytest.raises(ArtifactRefused, match="was tuned on emulator"):
+        plug_in(built.base, other, built.emulator.manifest, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plugged_checkpoint_is_the_plugged_model(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    plug_in(built.base, delta, built.emulator.manifest, tmp_path / "out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    name, change = next(iter(delta.tensors.items()))
+    assert torch.equal(merged.get_parameter(name), built.base.model.get_parameter(name) + change)
+    assert not torch.equal(merged(tiny_tokens()).logits, built.base.model(tiny_tokens()).logits)
