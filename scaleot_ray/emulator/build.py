@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import torch
 from torch import nn
@@ -106,8 +105,7 @@ def build_emulator(
         family=base.family.name,
         model_config=base.model.config.to_dict(),
     )
-    # The name alone: the path would tell data owners how the owner's machine is laid out.
-    card = model_card(artifact.manifest, PurePath(base.source).name, base.licence)
+    card = model_card(artifact.manifest, base.name, base.licence)
     return artifact.with_files({"README.md": card.encode()})
 
 

@@ -64,6 +64,12 @@ class BaseModel:
     source: str
     licence: str
 
+    @property
+    def name(self) -> str:
+        """How artefacts call the model: its id, or the last part of a path, which says nothing of the machine."""
+        path = Path(self.source).expanduser()
+        return path.resolve().name if path.exists() else self.source
+
 
 def load_base_model(settings: ModelSettings) -> BaseModel:
     """Loads weights and tokenizer; the architecture is checked before any weight is read.

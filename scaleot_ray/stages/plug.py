@@ -45,7 +45,7 @@ def plug_in(
     check_same_model(base, emulator)
     if adapter:
         return export_peft(
-            from_artifact(delta), base.model.config, output, base=base.source, scale=scale, overwrite=overwrite
+            from_artifact(delta), base.model.config, output, base=base.name, scale=scale, overwrite=overwrite
         )
     return export_checkpoint(base, from_artifact(delta), output, scale=scale, overwrite=overwrite)
 
