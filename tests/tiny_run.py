@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scaleot_ray.config import RunSettings, parse
 from tests.tiny_models import save_tiny
 
-WORDS = "the owner tunes plug in layers on data that never leaves machine and it is right one other answer text".split()
+WORDS = (
+    *("the", "owner", "tunes", "plug", "in", "layers", "on", "data", "that", "never"),
+    *("leaves", "machine", "and", "it", "is", "right", "one", "other", "answer", "text"),
+)
 
 
-def write_text(path: Path, words: list[str], documents: int, seed: int = 0) -> Path:
+def write_text(path: Path, words: Sequence[str], documents: int, seed: int = 0) -> Path:
     """JSON Lines of random sentences over ``words``."""
     rng = random.Random(seed)
     rows = ({"text": " ".join(rng.choice(words) for _ in range(40))} for _ in range(documents))

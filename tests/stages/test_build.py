@@ -75,9 +75,9 @@ def test_an_existing_output_is_kept(built: Built, tmp_path: Path) -> None:
         again(built, tmp_path / "e")
 
 
-def test_privacy_result_comes_back_with_a_reused_emulator(built: Built, tmp_path: Path) -> None:
+def test_a_privacy_level_that_cannot_be_met_is_an_error(built: Built, tmp_path: Path) -> None:
     # A random model loses nothing when layers are replaced, so no level can be met on it.
-    with pytest.raises(ConfigError, match="emulator.privacy: low asks"):
+    with pytest.raises(ConfigError, match=r"emulator.privacy: low asks"):
         again(built, tmp_path / "e", emulator=EmulatorSettings(privacy="low", plug_in_layers=2))
     assert not (tmp_path / "e").exists()
 

@@ -98,7 +98,7 @@ def test_multiple_choice_reports_accuracy_and_likelihood(built: Built, tmp_path:
 
 def test_early_stopping_without_test_rows_is_refused(built: Built, tmp_path: Path) -> None:
     settings = built.settings.tune.model_copy(update={"evaluate_every": 2})
-    with pytest.raises(ConfigError, match="tune.evaluate_every"):
+    with pytest.raises(ConfigError, match=r"tune.evaluate_every"):
         tuned(built, tmp_path, tune=settings, test=None)
 
 

@@ -1,0 +1,68 @@
+"""A run in a process of its own, on a Ray of its own, to which something happens.
+
+    python -m tests.federation.scenario FOLDER '[{"kill": "DataOwner", "stage": "tune alice"}]'
+
+Prints one JSON object per run: the error's class, problem and remedy (or the report), the seconds from
+the blow to the end, and which processes of the run were left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.federation.run import run_local
+from scaleot_ray.progress import Progress
+from tests.tiny_run import write_tiny_run
+
+
+def actor_processes(kind: str) -> list[psutil.Process]:
+    """Processes of living actors of a class, among our descendants."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{kind}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
+    """One run; ``scenario``: changes to the settings, and ``kill`` a class of actors at a stage and step."""
+    settings = write_tiny_run(folder, **scenario.get("settings", {}))
+    blow = 0.0
+    seen: dict[str, int] = {}
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal blow
+        seen.setdefault(progress.stage, progress.step)
+        if scenario.get("announce"):
+            print(f"{progress.stage} {progress.step}", file=sys.stderr, flush=True)
+        there = progress.stage == scenario.get("stage") and progress.step >= scenario.get("step", 1)
+        if "kill" in scenario and there and not blow:
+            blow = time.monotonic()
+            for process in actor_processes(scenario["kill"])[:1]:
+                os.kill(process.pid, signal.SIGKILL)
+
+    result: dict[str, Any]
+    try:
+        result = {"report": run_local(settings, on_progress=on_progress).as_json()}
+    except ScaleOTError as error:
+        result = {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
+    left = [process.name() for process in psutil.Process().children(recursive=True)]
+    seconds = time.monotonic() - blow if blow else None
+    return {**result, "seconds_after_blow": seconds, "left": left, "first_seen": seen}
+
+
+if __name__ == "__main__":
+    for one in json.loads(sys.argv[2]):
+        print(json.dumps(run_once(Path(sys.argv[1]), one)), flush=True)

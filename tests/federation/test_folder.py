@@ -1,0 +1,43 @@
+"""A run's folder: one run at a time, nothing half-written stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.federation.folder import RunFolder
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with first.held(), pytest.raises(ConfigError, match="another run is working"), second.held():
+        pass
+    with RunFolder(tmp_path / "run").held():
+        pass
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
+    keep = [tmp_path / "emulator" / "manifest.json", tmp_path / ".hidden", tmp_path / "tenants" / "a.1" / "tune.json"]
+    gone = [
+        tmp_path / ".scaleot-0a1b2c3d.partial" / "manifest.json",
+        tmp_path / "tenants" / ".scaleot-0a1b2c3d.replaced" / "manifest.json",
+        tmp_path / "model_owner" / ".stage_one.safetensors.4711",
+    ]
+    for path in [*keep, *gone]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    with RunFolder(tmp_path).held():
+        assert all(path.exists() for path in keep)
+        assert not any(path.exists() for path in gone)
+        assert not (tmp_path / ".scaleot-0a1b2c3d.partial").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ConfigError, match=r"output: .*file/run cannot be written"),
+        RunFolder(tmp_path / "file/run").held(),
+    ):
+        pass

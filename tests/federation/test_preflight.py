@@ -1,0 +1,92 @@
+"""What is missing is said before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scaleot_ray.config import ModelSettings, TuneSettings
+from scaleot_ray.errors import ResourcesMissing
+from scaleot_ray.families.size import ModelSize, model_size
+from scaleot_ray.federation.machine import Machine, this_machine, usable_memory
+from scaleot_ray.federation.needs import activations, run_needs, trained_parameters
+from scaleot_ray.federation.preflight import check_disk, preflight
+from tests.tiny_models import TINY, save_tiny, tiny_model
+from tests.tiny_run import write_tiny_run
+
+LARGE = Machine(cpus=64, gpus=8, memory=10**12, shared_memory=10**12)
+SEVEN_B = ModelSize(parameters=7 * 10**9, layer_parameters=2 * 10**8, layers=32, width=4096, vocabulary=32000)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_sizes_come_without_the_weights(name: str, tmp_path: Path) -> None:
+    size = model_size(ModelSettings(path=str(save_tiny(tmp_path / "m", name))))
+    model = tiny_model(name)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (size.layers, size.width, size.vocabulary) == (8, 32, 97)
+
+
+def test_a_gguf_header_is_enough() -> None:
+    path = Path(__file__).parents[2] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        pytest.skip("SmolLM2 is not here; `make demo` brings it")
+    size = model_size(ModelSettings(path=str(path)))
+    assert (size.layers, size.width, size.vocabulary) == (30, 576, 49152)
+    assert 134e6 < size.parameters < 165e6
+
+
+def test_an_ample_machine_passes(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path)
+    preflight(settings, run_needs(settings, model_size(settings.model)), LARGE)
+
+
+@pytest.mark.parametrize(
+    ("machine", "problem", "remedy"),
+    [
+        ({"cpus": 1}, r"owner_cpus: 2 processors are asked for, 1 are there", "owner_cpus"),
+        ({"cpus": 3}, r"tenants.1.cpus: 4 processors are asked for, 3 are there", r"tenants.1.cpus to 3"),
+        ({"gpus": 0}, r"tenants.1.gpus: 1 GPUs are asked for, 0 are there", r"tenants.1.gpus"),
+        ({"memory": 20 * 10**9}, r"memory: .* needs at least \d+ GB, 20 GB are free", "bfloat16"),
+        ({"shared_memory": 64 << 20}, r"shared memory: .* needs \d+ GB .* 0.067 GB are free in /dev/shm", "shm-size"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, machine: dict[str, int], problem: str, remedy: str) -> None:
+    settings = write_tiny_run(tmp_path, owner_cpus=2)
+    bob = settings.tenants[1].model_copy(update={"cpus": 4, "gpus": 1.0})
+    settings = settings.model_copy(update={"tenants": (settings.tenants[0], bob)})
+    with pytest.raises(ResourcesMissing, match=problem) as caught:
+        preflight(settings, run_needs(settings, SEVEN_B), replace(LARGE, **machine))
+    assert remedy in caught.value.remedy
+
+
+def test_disk_counts_what_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = run_needs(write_tiny_run(tmp_path), SEVEN_B)
+    with pytest.raises(ResourcesMissing, match=r"output: artefacts and checkpoints need up to \d+ GB"):
+        check_disk(tmp_path / "new" / "run", replace(needs, disk=10**18))
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2 << 40)
+    check_disk(tmp_path, replace(needs, disk=2 << 40))
+
+
+def test_needs_follow_the_settings(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path)
+    full = run_needs(settings, SEVEN_B)
+    bfloat16 = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": "bfloat16"})})
+    assert run_needs(bfloat16, SEVEN_B).emulator == full.emulator // 2
+    assert run_needs(settings.model_copy(update={"evaluator": False}), SEVEN_B).evaluators == {}
+    assert full.object_store > full.emulator > 4 * SEVEN_B.parameters
+    tune = TuneSettings()
+    assert activations(tune.model_copy(update={"gradient_checkpointing": True}), SEVEN_B) < activations(tune, SEVEN_B)
+    layers, lora, bottleneck = (
+        trained_parameters(TuneSettings(method=method), 4, SEVEN_B) for method in ("layers", "lora", "bottleneck")
+    )
+    assert layers > 10 * lora > 0
+    assert layers > 10 * bottleneck > 0
+
+
+def test_this_machine_is_plausible() -> None:
+    machine = this_machine()
+    assert machine.cpus >= 1
+    assert 0 < machine.memory == pytest.approx(usable_memory(), rel=0.5)
