@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scaleot_ray.data.encoding import check_vocabulary
 from scaleot_ray.errors import DataError
 from scaleot_ray.families.family import text_config
+from scaleot_ray.families.head import HeadPositions
 
 # Logits turned into fp32 log-probabilities at a time; the rest waits in the model's own type.
 _CHUNK = 256
@@ -56,9 +57,6 @@ def log_likelihoods(
 ) -> Tensor:
     """log p(target | tokens up to and including its position), for each of N (position, target) pairs.
 
-    The hidden states are picked by a hook in front of the head, so that what a model does after its head
-    (Gemma's soft cap) stays its own business. With a vocabulary of 49k that is most of the memory.
-
     Args:
         model: a Hugging Face causal LM, in eval mode.
         input_ids: (batch, time) int64, padded on the right.
@@ -70,17 +68,12 @@ def log_likelihoods(
         (N,) float64 on the CPU, in nats.
     """
     device = model.get_input_embeddings().weight.device
-    head = model.get_output_embeddings()
-    picked = positions.to(device)
-
-    def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, 1).index_select(0, picked).unsqueeze(0), *inputs[1:])
-
-    hook = head.register_forward_pre_hook(pick)
+    head = HeadPositions(model)
     try:
-        output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+        with head.at(positions.to(device)):
+            output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
     finally:
-        hook.remove()
+        head.close()
     logits = output.logits.squeeze(0)
     parts = [
         -nn.functional.cross_entropy(_wide(chunk), wanted.to(logits.device), reduction="none")

@@ -9,24 +9,21 @@ from torch import nn
 
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.data.examples import IGNORED
+from scaleot_ray.families.head import HeadPositions
 
 
 class LabelledLoss:
     """Cross entropy summed over the labelled tokens of a batch, in nats, for any causal LM.
 
-    The head runs on those positions alone: the hidden states that enter it are picked by a hook, so
-    that everything the model does after its head (Gemma's soft cap) stays its own business. With a
-    vocabulary of 49k and a loss on completions only this saves most of the head's time and memory.
-    Divided by the number of labelled tokens it is the loss that the model gives for ``labels``.
+    The head runs on those positions alone (:class:`~scaleot_ray.families.head.HeadPositions`). Divided by
+    the number of labelled tokens it is the loss that the model gives for ``labels``.
 
     Args:
         model: a Hugging Face causal LM; carries the hook until :meth:`close`.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._positions: torch.Tensor | None = None
-        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._pick)
+        self._model, self._head = model, HeadPositions(model)
 
     def __call__(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """The summed loss of ``batch``, a 0-d tensor of at least fp32; ``batch`` may be on the CPU."""
@@ -35,27 +32,19 @@ class LabelledLoss:
         positions = labelled_positions(labels)
         targets = labels.reshape(-1)[positions + 1]
         mask = batch.get("attention_mask")
-        self._positions = positions.to(device, non_blocking=True)
-        try:
+        with self._head.at(positions.to(device, non_blocking=True)):
             logits = self._model(
                 input_ids=batch["input_ids"].to(device, non_blocking=True),
                 attention_mask=None if mask is None else mask.to(device, non_blocking=True),
                 use_cache=False,
             ).logits
-        finally:
-            self._positions = None
         logits = logits.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(logits, targets.to(device, non_blocking=True), reduction="sum")
 
     def close(self) -> None:
         """Takes the hook off the model."""
-        self._hook.remove()
-
-    def _pick(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._positions is None:
-            return None
-        return (inputs[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *inputs[1:])
+        self._head.close()
 
 
 def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
