@@ -93,10 +93,17 @@ def emulator_lines(emulator: Mapping[str, Any]) -> list[str]:
 
 
 def crossings(crossed: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per sender: what it sent to whom, and what was refused."""
+    """One line per sender with what it sent to whom; what a declared evaluator got has a line of its own."""
     sent: dict[str, list[str]] = {}
     for entry in crossed:
-        refused = f" (refused: {entry['reason']})" if entry["decision"] == "refused" else ""
-        item = f"{entry['kind']} {bytes_text(entry['bytes'])} to {entry['recipient']}{refused}"
-        sent.setdefault(entry["sender"], []).append(item)
-    return [f"left {sender}: {', '.join(items)}" for sender, items in sent.items()]
+        # The numbers of a metrics artefact are in its manifest, which is not counted.
+        what = f"{entry['kind']} {bytes_text(entry['bytes'])}" if entry["bytes"] else entry["kind"]
+        if entry["decision"] == "refused":
+            what += f" (refused: {entry['reason']})"
+        if entry["recipient"].startswith("evaluator"):
+            sent.setdefault(f"{entry['recipient']}, declared in the settings, got", []).append(
+                f"{what} from {entry['sender']}"
+            )
+        else:
+            sent.setdefault(f"left {entry['sender']}", []).append(f"{what} to {entry['recipient']}")
+    return [f"{who}: {', '.join(items)}" for who, items in sorted(sent.items(), reverse=True)]
