@@ -1,0 +1,68 @@
+"""What a benchmark's JSON says about how it was made: command, versions, date, machine; no paths of a machine."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Collection, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaleot_ray import __version__
+from scaleot_ray.federation.machine import usable_cores
+
+PACKAGES = ("torch", "transformers", "peft", "ray")
+
+
+def use_threads(wanted: int | None) -> int:
+    """Makes torch compute with ``wanted`` threads, or with one per core; gives their number."""
+    torch.set_num_threads(wanted or usable_cores())
+    return torch.get_num_threads()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, cores and threads; equal for runs that may be compared in absolute numbers."""
+    return {
+        "scaleot_ray": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def now() -> str:
+    """ISO 8601 in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def portable_command(module: str, arguments: Sequence[str], paths: Collection[str]) -> str:
+    """The command line as it may be committed: of a path nothing but its last part.
+
+    Args:
+        module: what ``python -m`` ran.
+        arguments: as given.
+        paths: options whose value is a path.
+    """
+    shown, is_path = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and option in paths:
+            argument = f"{option}={Path(value).name}"
+        shown.append(Path(argument).name if is_path else argument)
+        is_path = argument in paths
+    return shlex.join(["python", "-m", module, *shown])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

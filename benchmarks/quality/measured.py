@@ -1,0 +1,121 @@
+"""Scores as a cell's JSON holds them: every measure, block by block, so that anything paired can be said later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scaleot_ray.errors import DataError
+from scaleot_ray.evaluation.gain import Interval, bootstrap_means, difference
+from scaleot_ray.evaluation.score import Blocks, Score
+from scaleot_ray.evaluation.table import ROWS, TenantTable, recovered_gain
+
+MEASURES = {"loss": ("loss",), "accuracy": ("accuracy", "normalised", "log_likelihood")}
+"""Measures of each metric; log_likelihood is that of the right answer, in nats."""
+
+DIFFERENCES = (("plug_in", "full_zero_shot"), ("plug_in", "emulator_tuned"), ("full_tuned", "full_zero_shot"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score from its blocks (a :class:`~scaleot_ray.evaluation.score.Score`).
+
+    Attributes:
+        metric: ``loss`` or ``accuracy``.
+        measures: blocks by measure.
+    """
+
+    metric: str
+    measures: Mapping[str, Blocks]
+
+    @property
+    def value(self) -> float:
+        """The metric's value."""
+        return self.measures[self.metric].mean
+
+    def blocks(self, measure: str) -> Blocks:
+        """A measure block by block."""
+        return self.measures[measure]
+
+
+def score_record(score: Score) -> dict[str, Any]:
+    """A score as plain JSON: ``metric``, ``counts``, and ``sums`` by measure."""
+    found = {measure: score.blocks(measure) for measure in MEASURES[score.metric]}
+    blocks = {measure: own for measure, own in found.items() if own is not None}
+    return {
+        "metric": score.metric,
+        "counts": blocks[score.metric].counts.tolist(),
+        "sums": {measure: own.sums.tolist() for measure, own in blocks.items()},
+    }
+
+
+def score_from(record: Mapping[str, Any]) -> Measured:
+    """What :func:`score_record` gave, as a score."""
+    counts = np.array(record["counts"])
+    return Measured(
+        record["metric"],
+        {
+            measure: Blocks(np.array(sums, dtype=np.float64), counts, higher_is_better=measure != "loss")
+            for measure, sums in record["sums"].items()
+        },
+    )
+
+
+def mean_over_seeds(scores: Sequence[Measured]) -> Measured:
+    """Block by block the mean over seeds.
+
+    Raises:
+        DataError: the seeds were not measured on the same blocks.
+    """
+    first = scores[0]
+    counts = first.blocks(first.metric).counts
+    if not all(np.array_equal(score.blocks(score.metric).counts, counts) for score in scores):
+        raise DataError(
+            "Seeds of one cell were measured on different test rows.",
+            "Run the benchmark again with one --data folder and one budget; cells that fit are kept.",
+        )
+    return Measured(
+        first.metric,
+        {
+            measure: Blocks(
+                np.mean([score.blocks(measure).sums for score in scores], axis=0),
+                blocks.counts,
+                blocks.higher_is_better,
+            )
+            for measure, blocks in first.measures.items()
+        },
+    )
+
+
+def describe(rows: Mapping[str, Measured]) -> dict[str, Any]:
+    """All measures of a table's rows: values, differences and G, each with its 95 % bootstrap interval over blocks.
+
+    Returns:
+        By measure: ``rows`` {row: value, low, high}, ``differences`` {"plug_in - full_zero_shot": …},
+        ``gain`` {value, low, high, usable, reason}; and ``blocks``, how many test rows there were.
+    """
+    metric = rows["plug_in"].metric
+    table = TenantTable("", metric, rows)
+    result: dict[str, Any] = {"blocks": len(rows["plug_in"].blocks(metric).counts)}
+    for measure in MEASURES[metric]:
+        result[measure] = {
+            "rows": {row: _interval(_own(rows[row].blocks(measure))) for row in ROWS},
+            "differences": {
+                f"{row} - {other}": _interval(difference(rows[row].blocks(measure), rows[other].blocks(measure)))
+                for row, other in DIFFERENCES
+            },
+            "gain": vars(recovered_gain(table, measure=measure)),
+        }
+    return result
+
+
+def _own(blocks: Blocks) -> Interval:
+    low, high = np.percentile(bootstrap_means((blocks,)), (2.5, 97.5))
+    return Interval(blocks.mean, float(low), float(high))
+
+
+def _interval(interval: Interval) -> dict[str, float]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
