@@ -44,7 +44,7 @@ def train_once(artifact: Artifact, mode: str, settings: TuneSettings) -> dict[st
         holds before included), ``peak_from_start`` if loading could not be left out, ``trained_parameters``.
     """
     model = assemble(artifact)
-    family, batches = family_of(model.config), None
+    family = family_of(model.config)
     batches = random_batches(vocabulary_size(model), settings.batch_size, settings.block_size)
     marks: list[float] = []
 
