@@ -6,7 +6,6 @@ of them, ends the run with an error that names it.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -29,7 +27,7 @@ from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.machine import Machine
 from scaleot_ray.federation.model_owner import ModelOwner, OwnerSections
 from scaleot_ray.federation.needs import RAY, Memory, Needs
-from scaleot_ray.federation.processes import PeakMemory, ask_to_end
+from scaleot_ray.federation.processes import PeakMemory, end, wait_for_end
 from scaleot_ray.federation.report import RunReport, TenantResult
 from scaleot_ray.federation.role import Present, start, stop
 from scaleot_ray.federation.schedule import Work, next_work
@@ -118,10 +116,11 @@ class Phases:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            # SIGTERM first: an actor that is writing unwinds and removes what is half-written.
-            ask_to_end({actor.pid for actor in self.actors if actor.pid is not None}, _UNWIND_SECONDS)
+            end({actor.pid for actor in self.actors if actor.pid is not None}, _UNWIND_SECONDS)
         for actor in self.actors:
             stop(actor.handle)
+            if actor.pid is not None:
+                wait_for_end(actor.pid, _UNWIND_SECONDS)
         self.actors.clear()
 
     def run(self) -> RunReport:
@@ -244,8 +243,7 @@ class Phases:
         self._waiting = {ref: call for ref, call in self._waiting.items() if call[0] is not actor}
         stop(actor.handle)
         if actor.pid is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.wait_procs([psutil.Process(actor.pid)], timeout=_UNWIND_SECONDS)
+            wait_for_end(actor.pid, _UNWIND_SECONDS)
 
     def _call(self, actor: Running, answer: ray.ObjectRef, then: Callable[[Any], None]) -> None:
         self._waiting[answer] = (actor, then)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from types import TracebackType
 import psutil
 
 _SECONDS = 0.5  # between two looks
+_KILL_SECONDS = 5.0  # the kernel needs a moment to take back gigabytes
 
 
 class PeakMemory:
@@ -59,10 +61,11 @@ class PeakMemory:
         yield this
         yield from this.children(recursive=True)
         for pid in list(self.others):
-            try:
-                yield psutil.Process(pid)
-            except psutil.NoSuchProcess:
+            process = _process(pid)
+            if process is None:
                 self.others.discard(pid)
+            else:
+                yield process
 
 
 def _cheap_sum(processes: list[psutil.Process]) -> int:
@@ -97,20 +100,36 @@ def _proportional_sum(processes: list[psutil.Process]) -> int:
     return total
 
 
-def ask_to_end(pids: set[int], seconds: float) -> None:
-    """Sends SIGTERM, upon which actors unwind and remove what is half-written, and waits a little."""
-    processes = []
-    for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            process.terminate()
-            processes.append(process)
-        except psutil.Error:
-            continue  # gone already
-    psutil.wait_procs(processes, timeout=seconds)
+def end(pids: set[int], unwind_seconds: float) -> None:
+    """Ends processes: SIGTERM, upon which actors unwind and remove what is half-written, then SIGKILL.
+
+    Args:
+        pids: of processes, some of which may be gone.
+        unwind_seconds: time to unwind.
+    """
+    processes = [process for process in map(_process, pids) if process is not None]
+    for act, seconds in ((psutil.Process.terminate, unwind_seconds), (psutil.Process.kill, _KILL_SECONDS)):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):  # gone already
+                act(process)
+        _, processes = psutil.wait_procs(processes, timeout=seconds)
 
 
-def end_marked(name: str, value: str, seconds: float = 5.0) -> None:
+def wait_for_end(pid: int, seconds: float) -> None:
+    """Waits until a process that has been told to end is gone."""
+    process = _process(pid)
+    if process is not None:
+        psutil.wait_procs([process], timeout=seconds)
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def end_marked(name: str, value: str, seconds: float = _KILL_SECONDS) -> None:
     """Kills every process that has ``name=value`` in its environment, and waits until they are gone."""
     deadline = time.monotonic() + seconds
     while left := marked(name, value):

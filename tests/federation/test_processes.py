@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
-from scaleot_ray.federation.processes import PeakMemory, ask_to_end, end_marked, marked
+from scaleot_ray.federation.processes import PeakMemory, end, end_marked, marked, wait_for_end
 
 HOLD = "import time; held = bytearray({size}); print('ready', flush=True); time.sleep(60)"
 SHARE = """
@@ -38,8 +39,8 @@ def child(program: str, count: int = 1, **environment: str) -> subprocess.Popen[
     return process
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and its children."""
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kills a process and its children."""
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         one.kill()
     process.wait()
@@ -51,7 +52,7 @@ def test_children_count_and_the_peak_stays() -> None:
     before = memory.bytes
     process = child(HOLD.format(size=SIZE))
     memory.look()
-    end(process)
+    kill(process)
     memory.look()
     assert SIZE * 0.9 < memory.bytes - before < SIZE * 1.5
 
@@ -62,7 +63,7 @@ def test_shared_pages_count_once() -> None:
     before = memory.bytes
     process = child(SHARE.format(size=SIZE), count=4)
     memory.look()
-    end(process)
+    kill(process)
     assert memory.bytes - before < SIZE * 1.5
 
 
@@ -84,9 +85,22 @@ def test_marked_processes_are_found_and_ended_whoever_their_parent_is() -> None:
     assert not marked("SCALEOT_TEST_MARK", "xyz")
 
 
-def test_asking_to_end_waits() -> None:
-    process = child(HOLD.format(size=10))
+def test_ending_gives_time_to_unwind_and_then_none(tmp_path: Path) -> None:
+    clean = f"""
+import time
+from pathlib import Path
+print('ready', flush=True)
+try:
+    time.sleep(60)
+finally:
+    Path({str(tmp_path / "unwound")!r}).write_text('yes')
+"""
+    polite = child("import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))" + clean)
+    deaf = child("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + clean.replace("unwound", "never"))
     start = time.monotonic()
-    ask_to_end({process.pid, 2**22 - 1}, seconds=10)
-    assert process.wait(1) == -15
-    assert time.monotonic() - start < 5
+    end({polite.pid, deaf.pid, 2**22 - 1}, unwind_seconds=1.0)
+    assert time.monotonic() - start < 8
+    assert not psutil.pid_exists(polite.pid)
+    assert not psutil.pid_exists(deaf.pid)
+    assert [path.name for path in tmp_path.iterdir()] == ["unwound"]
+    wait_for_end(polite.pid, 1.0)

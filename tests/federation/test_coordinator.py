@@ -1,0 +1,140 @@
+"""The coordinator: everything that crosses is checked, recorded, and the shared copy stays what it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.artifacts.manifest import MetricsContent
+from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.config import EmulatorSettings
+from scaleot_ray.errors import ArtifactRefused, RunFailed
+from scaleot_ray.federation.coordinator import Coordinator
+from scaleot_ray.federation.object_store import from_shared, to_shared
+from scaleot_ray.federation.role import Present, Role, start, stop
+from scaleot_ray.federation.session import Session
+from scaleot_ray.stages.build import build
+from scaleot_ray.stages.tune import tune_emulator
+from tests.tiny_run import write_tiny_run
+
+
+@dataclass
+class Parts:
+    """Artefacts of a tiny run."""
+
+    folder: Path
+    emulator: Artifact
+    delta: Artifact
+    metrics: Artifact
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """An emulator that may leave, one that must not, a delta and metrics."""
+    folder = tmp_path_factory.mktemp("parts")
+    settings = write_tiny_run(folder, tune={"steps": 2})
+    for name, emulator in (
+        ("emulator", settings.emulator),
+        ("open", EmulatorSettings(alpha=0, beta=0, plug_in_layers=2, allow_unprotected=True)),
+    ):
+        build(settings.model, settings.public, settings.stage_one, emulator, folder / name, cache=folder / "cache")
+    artifact, alice = read_artifact(folder / "emulator"), settings.tenants[0]
+    result = tune_emulator(artifact, alice.train, settings.tune, folder / "alice", test=alice.test, device="cpu")
+    return Parts(folder, artifact, result.delta, read_artifact(folder / "alice" / "metrics"))
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> AuditLog:
+    """The audit log of the coordinator below."""
+    return AuditLog(tmp_path / "audit.jsonl")
+
+
+@pytest.fixture
+def coordinator(connected_ray: Session, audit: AuditLog) -> Any:
+    """A coordinator that lives for one test."""
+    actor = start(Coordinator, connected_ray, 1, 0, str(audit.path), claim=False)
+    yield actor
+    stop(actor)
+
+
+@ray.remote(num_cpus=0)
+def write_in_place(reference: list[Any]) -> None:
+    """A reader that trains what it should have copied."""
+    artifact = from_shared(ray.get(reference[0]))
+    with torch.no_grad():
+        artifact.tensors["model.layers.0.mlp.up_proj.weight"].mul_(2.0)
+
+
+def test_the_shared_copy_is_watched_to_the_end(coordinator: Any, parts: Parts) -> None:
+    reference, _ = ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice"]))
+    ray.get(coordinator.finish.remote())
+    ray.get(write_in_place.remote(reference))
+    with pytest.raises(RunFailed, match=r"coordinator found that tensor 'model.layers.0.mlp.up_proj.weight'"):
+        ray.get(coordinator.finish.remote())
+
+
+def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
+    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice", "bob"]))
+    entry = ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(parts.metrics)))
+    assert (entry.delta_digest, entry.delta_bytes) == (parts.delta.digest, parts.delta.nbytes)
+    assert entry.metrics["emulator_tuned"] > 0
+    assert from_shared(ray.get(coordinator.delta.remote("alice"))).digest == parts.delta.digest
+    crossings = [(line["sender"], line["recipient"], line["kind"], line["decision"]) for line in audit.read()]
+    assert crossings == [
+        ("model owner", "data owner alice", "emulator", "sent"),
+        ("model owner", "data owner bob", "emulator", "sent"),
+        ("data owner alice", "model owner", "delta", "sent"),
+        ("data owner alice", "model owner", "metrics", "sent"),
+        ("model owner", "evaluator alice", "delta", "sent"),
+    ]
+
+
+def test_an_open_emulator_is_never_sent(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
+    with pytest.raises(ArtifactRefused, match="hides nothing"):
+        ray.get(coordinator.publish.remote(str(parts.folder / "open"), ["alice"]))
+    (line,) = audit.read()
+    assert line["decision"] == "refused"
+    assert "hides nothing" in line["reason"]
+
+
+def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
+    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice"]))
+    more = Artifact.create(
+        "delta",
+        parts.delta.manifest.content,
+        {**parts.delta.tensors, "rows": torch.zeros(3)},
+        family="llama",
+        parent_digest=parts.emulator.digest,
+    )
+    with pytest.raises(ArtifactRefused, match="'rows'"):
+        ray.get(coordinator.submit.remote("alice", to_shared(more), to_shared(parts.metrics)))
+    altered = to_shared(parts.delta)
+    name = next(iter(altered["tensors"]))
+    altered["tensors"][name] = altered["tensors"][name] ^ 1
+    with pytest.raises(ArtifactRefused, match="was altered"):
+        ray.get(coordinator.submit.remote("alice", altered, to_shared(parts.metrics)))
+    numbers = Artifact.create("metrics", MetricsContent(values={"row\n1": 1.0}), {})
+    with pytest.raises(ArtifactRefused, match="metric name"):
+        ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(numbers)))
+    with pytest.raises(ArtifactRefused, match="of kind 'metrics' as its delta"):
+        ray.get(coordinator.submit.remote("alice", to_shared(parts.metrics), to_shared(parts.metrics)))
+    assert [line["decision"] for line in audit.read()] == ["sent", "refused", "refused", "sent", "refused"]
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_an_actor_has_exactly_its_threads(connected_ray: Session, cpus: int) -> None:
+    actor = start(ray.remote(Role), connected_ray, cpus, 0, "someone", cpus)
+    present: Present = ray.get(actor.present.remote())
+    environment = psutil.Process(present.pid).environ()
+    stop(actor)
+    assert (present.threads, present.gpus) == (cpus, 0)
+    assert {environment[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS", "RAYON")} == {str(cpus)}
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,0 +1,180 @@
+"""A whole run on a tiny model: the report, what crossed, what is reused, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.artifacts.storage import read_artifact, read_manifest
+from scaleot_ray.config import RunSettings
+from scaleot_ray.errors import ConfigError, DataError
+from scaleot_ray.evaluation.table import ROWS
+from scaleot_ray.federation.report import RunReport
+from scaleot_ray.federation.run import run_local
+from scaleot_ray.federation.session import Session
+from scaleot_ray.progress import Progress
+from tests.tiny_run import WORDS, write_text, write_tiny_run
+
+pytestmark = pytest.mark.usefixtures("connected_ray")
+
+
+class Run:
+    """One run: its report, and the stages that it told of."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings, self.heard = settings, list[Progress]()
+        self.report: RunReport = run_local(settings, on_progress=self.heard.append)
+        self.json: dict[str, Any] = self.report.as_json()
+        self.stages = {progress.stage for progress in self.heard}
+
+
+@pytest.fixture(scope="module")
+def first(connected_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that others come back to."""
+    return Run(write_tiny_run(tmp_path_factory.mktemp("run")))
+
+
+def actors_left() -> list[str]:
+    """Processes of living actors of ours."""
+    kinds = ("ray::ModelOwner", "ray::DataOwner", "ray::Evaluator", "ray::Coordinator")
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            found += [line for line in process.cmdline()[:1] if line.startswith(kinds)]
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_the_report(first: Run) -> None:
+    report, folder = first.json, Path(first.settings.output)
+    assert report["schema"] == "scaleot.run/1"
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert {"total", "start", "load", "stage_one", "emulator", "tune", "evaluate"} == report["seconds"].keys()
+    assert report["seconds"]["total"] > report["seconds"]["tune"] > 0
+    assert report["peak_rss_bytes"] > 500 << 20
+    emulator = report["emulator"]
+    assert emulator["replaced_layers"] == [
+        index for index, role in enumerate(emulator["layer_map"]) if role == "replaced"
+    ]
+    assert len(emulator["replaced_layers"]) == 3
+    assert (emulator["alpha"], emulator["beta"], emulator["plug_in_layers"]) == (0.5, 0.8, 2)
+    assert 0 < emulator["bytes"] < emulator["full_bytes"]
+    assert 0 < emulator["verbatim_share"] < 1
+    assert isinstance(emulator["loss_margin"], float)
+    assert [tenant["name"] for tenant in report["tenants"]] == ["alice", "bob"]
+    for tenant in report["tenants"]:
+        assert tenant["metric"] == "loss"
+        assert all(tenant[row] > 0 for row in ROWS)
+        assert tenant["full_tuned"] < tenant["full_zero_shot"]
+        assert tenant["emulator_tuned"] < tenant["emulator_zero_shot"]
+        assert tenant["delta"] == pytest.approx(tenant["plug_in"] - tenant["emulator_tuned"])
+        assert tenant["gain"]["usable"]
+        assert tenant["gain"]["low"] <= tenant["gain"]["value"] <= tenant["gain"]["high"]
+        manifest = read_manifest(folder / "tenants" / tenant["name"] / "delta")
+        assert (tenant["delta_bytes"], tenant["delta_digest"]) == (manifest.nbytes, manifest.digest())
+        assert manifest.parent_digest == emulator["digest"]
+
+
+def test_artefacts_on_disk_are_whole(first: Run) -> None:
+    folder = Path(first.settings.output)
+    for path in ("emulator", "tenants/alice/delta", "tenants/bob/delta", "tenants/alice/metrics"):
+        read_artifact(folder / path)
+
+
+def test_the_audit_log_has_every_crossing(first: Run) -> None:
+    lines = AuditLog(first.json["audit"]).read()
+    crossed = {(line["sender"], line["recipient"], line["kind"]) for line in lines}
+    for name in ("alice", "bob"):
+        assert {
+            ("model owner", f"data owner {name}", "emulator"),
+            (f"data owner {name}", "model owner", "delta"),
+            (f"data owner {name}", "model owner", "metrics"),
+            # With a declared evaluator both secrets meet, and the log says so.
+            ("model owner", f"evaluator {name}", "full model"),
+            (f"data owner {name}", f"evaluator {name}", "rows"),
+            ("model owner", f"evaluator {name}", "delta"),
+        } <= crossed
+    assert len(crossed) == 12
+    assert all(line["decision"] == "sent" for line in lines)
+
+
+def test_progress_comes_from_all_actors(first: Run) -> None:
+    both = {f"{stage} {name}" for stage in ("tune", "tune full", "plug in", "full tuned") for name in ("alice", "bob")}
+    assert {"stage 1", *both} <= first.stages
+    for stage in both:
+        last = [progress for progress in first.heard if progress.stage == stage][-1]
+        assert last.step == last.steps
+
+
+def test_no_private_path_is_in_what_left(first: Run) -> None:
+    folder = Path(first.settings.output)
+    for part in (folder / "audit.jsonl", *(folder / "emulator").iterdir(), *folder.glob("tenants/*/*/*.json")):
+        text = part.read_bytes()
+        assert b"alice-train" not in text
+        assert str(folder.parent).encode() not in text
+
+
+def test_a_second_run_reuses_everything(first: Run) -> None:
+    second = Run(first.settings)
+    assert not second.stages
+    assert second.json["emulator"]["reused_stage_one"]
+    for before, after in zip(first.json["tenants"], second.json["tenants"], strict=True):
+        assert {row: after[row] for row in (*ROWS, "delta_digest")} == {
+            row: before[row] for row in (*ROWS, "delta_digest")
+        }
+    assert not actors_left()
+
+
+def test_three_owners_on_two_processors_take_turns_and_secrets_stay_apart(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, evaluator=False)
+    bob = settings.tenants[1]
+    write_text(tmp_path / "carol.jsonl", WORDS[5:], 30)
+    data = bob.train.model_copy(update={"path": str(tmp_path / "carol.jsonl")})
+    carol = bob.model_copy(update={"name": "carol", "train": data, "cpus": 2})
+    run = Run(settings.model_copy(update={"tenants": (carol, settings.tenants[0], bob)}))
+    assert [tenant["name"] for tenant in run.json["tenants"]] == ["carol", "alice", "bob"]
+    for tenant in run.json["tenants"]:
+        assert [row for row in ROWS if tenant[row] is not None] == ["emulator_zero_shot", "emulator_tuned"]
+        assert (tenant["delta"], tenant["gain"]["usable"], tenant["gain"]["value"]) == (None, False, None)
+    # Carol has both processors to herself.
+    steps = [progress.stage for progress in run.heard if progress.stage.startswith("tune ")]
+    carols = [index for index, stage in enumerate(steps) if stage == "tune carol"]
+    assert carols == list(range(carols[0], carols[0] + len(carols)))
+    recipients = {line["recipient"] for line in AuditLog(run.json["audit"]).read()}
+    assert not any(name.startswith("evaluator") for name in recipients)
+    assert not (Path(run.settings.output) / "evaluator").exists()
+
+
+def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, evaluator=False)
+    Path(settings.tenants[1].train.path).write_text('{"other": "column"}\n')
+    with pytest.raises(DataError, match=r"data owner bob: .*no column 'text'") as caught:
+        run_local(settings)
+    assert type(caught.value) is DataError
+    assert not actors_left()
+    # What alice had finished, and stage 1, are reused once bob has mended his file.
+    write_text(Path(settings.tenants[1].train.path), WORDS[10:], 40)
+    run = Run(settings)
+    assert "stage 1" not in run.stages
+    assert "tune bob" in run.stages
+
+
+@pytest.mark.parametrize("place", ["public", "tenants.1.test"])
+def test_missing_data_is_said_before_anything_starts(tmp_path: Path, place: str) -> None:
+    settings = write_tiny_run(tmp_path)
+    Path(settings.public.path if place == "public" else settings.tenants[1].test.path).unlink()
+    with pytest.raises(DataError, match=rf"^{place}\.path: .* does not exist"):
+        run_local(settings)
+    assert not Path(settings.output).exists()
+
+
+def test_an_emulator_that_hides_nothing_stays_at_home(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model owner: emulator.alpha"):
+        run_local(write_tiny_run(tmp_path, emulator={"alpha": 0.0}))
+    assert not actors_left()
