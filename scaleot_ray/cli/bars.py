@@ -27,6 +27,7 @@ class ProgressBars:
         self._stream = stream or sys.stderr
         self._lock = threading.Lock()
         self._bars: Bars | None = None
+        self._loading: TaskID | None = None  # shown from the start to the first report
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
 
@@ -34,12 +35,15 @@ class ProgressBars:
         if self._stream.isatty():
             self._bars = _bars(self._stream)
             self._bars.start()
+            self._loading = self._bars.add_task("loading", total=None, figures="", left="")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bars is not None:
+            if self._loading is not None:
+                self._bars.remove_task(self._loading)
             self._bars.stop()
 
     def __call__(self, progress: Progress) -> None:
@@ -51,6 +55,9 @@ class ProgressBars:
                 self._bar(self._bars, progress)
 
     def _bar(self, bars: Bars, progress: Progress) -> None:
+        if self._loading is not None:
+            bars.remove_task(self._loading)
+            self._loading = None
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = bars.add_task(progress.stage, total=progress.steps, figures="", left="")
         bars.update(
@@ -108,4 +115,5 @@ def _bars(stream: IO[str]) -> Bars:
         TextColumn("{task.fields[figures]}"),
         TextColumn("{task.fields[left]}"),
         console=Console(file=stream),
+        refresh_per_second=4,  # the cores have better things to do
     )

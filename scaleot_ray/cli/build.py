@@ -80,11 +80,11 @@ def build_command(
 
 def build_emulator(settings: BuildSettings, out: Output) -> None:
     """Builds an emulator and shows what it is (the command and the job alike)."""
-    from scaleot_ray.artifacts.inspect import describe
-    from scaleot_ray.stages.build import build
-
     output = Path(settings.output)
     with ProgressBars() as bars:
+        from scaleot_ray.artifacts.inspect import describe
+        from scaleot_ray.stages.build import build
+
         result = build(
             settings.model,
             settings.public,

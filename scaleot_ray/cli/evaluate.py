@@ -92,18 +92,18 @@ def evaluate_command(
 
 def evaluate(settings: EvaluateSettings, out: Output) -> None:
     """Computes the table and shows it (the command and the job alike)."""
-    rows = choose_rows(settings)
-
-    from scaleot_ray.artifacts.storage import read_artifact
-    from scaleot_ray.evaluation.table import table_json
-    from scaleot_ray.families.loading import load_base_model
-    from scaleot_ray.stages.evaluate import evaluate_rows
-
     start = time.monotonic()
-    # The artefacts are read first: they are refused before a large model is loaded.
-    emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
-    delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None
     with ProgressBars() as bars:
+        rows = choose_rows(settings)
+
+        from scaleot_ray.artifacts.storage import read_artifact
+        from scaleot_ray.evaluation.table import table_json
+        from scaleot_ray.families.loading import load_base_model
+        from scaleot_ray.stages.evaluate import evaluate_rows
+
+        # The artefacts are read first: they are refused before a large model is loaded.
+        emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
+        delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None
         table = evaluate_rows(
             rows,
             name=settings.name,

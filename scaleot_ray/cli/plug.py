@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scaleot_ray.cli.bars import ProgressBars
 from scaleot_ray.cli.options import (
     DebugOption,
     DtypeOption,
@@ -70,23 +71,24 @@ def plug_command(
 
 def plug(settings: PlugSettings, out: Output) -> None:
     """Plugs in and shows where the result is (the command and the job alike)."""
-    from scaleot_ray.artifacts.storage import read_artifact, read_manifest
-    from scaleot_ray.families.loading import load_base_model
-    from scaleot_ray.stages.plug import plug_in
-
     start = time.monotonic()
-    # The artefacts are read first: they are refused before a large model is loaded.
-    manifest = read_manifest(settings.emulator)
-    delta = read_artifact(settings.delta, expected_kind="delta")
-    directory = plug_in(
-        load_base_model(settings.model),
-        delta,
-        manifest,
-        Path(settings.output),
-        scale=settings.scale,
-        adapter=settings.adapter,
-        overwrite=settings.overwrite,
-    )
+    with ProgressBars():
+        from scaleot_ray.artifacts.storage import read_artifact, read_manifest
+        from scaleot_ray.families.loading import load_base_model
+        from scaleot_ray.stages.plug import plug_in
+
+        # The artefacts are read first: they are refused before a large model is loaded.
+        manifest = read_manifest(settings.emulator)
+        delta = read_artifact(settings.delta, expected_kind="delta")
+        directory = plug_in(
+            load_base_model(settings.model),
+            delta,
+            manifest,
+            Path(settings.output),
+            scale=settings.scale,
+            adapter=settings.adapter,
+            overwrite=settings.overwrite,
+        )
     document: dict[str, Any] = {
         "schema": "scaleot.plug/1",
         "directory": str(directory),

@@ -44,13 +44,13 @@ def run_command(
 
 def run(settings: RunSettings, out: Output) -> None:
     """Runs and shows the report (``scaleot run`` and ``scaleot demo`` alike)."""
-    from scaleot_ray.artifacts.audit import AuditLog
-    from scaleot_ray.federation.folder import RunFolder
-    from scaleot_ray.federation.run import run_local
-
-    audit = AuditLog(RunFolder(Path(settings.output).expanduser()).audit)
-    before = len(audit.read())
     with ProgressBars() as bars:
+        from scaleot_ray.artifacts.audit import AuditLog
+        from scaleot_ray.federation.folder import RunFolder
+        from scaleot_ray.federation.run import run_local
+
+        audit = AuditLog(RunFolder(Path(settings.output).expanduser()).audit)
+        before = len(audit.read())
         report = run_local(settings, on_progress=bars, debug=out.debug)
     document = report.as_json()
     out.result(document, lambda console: show_report(console, document, audit.read()[before:]))
@@ -66,7 +66,7 @@ def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[M
     """
     emulator, seconds = report["emulator"], report["seconds"]
     for line in emulator_lines(emulator):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     show_standard_table(console, report["tenants"])
     for line in crossings(crossed):
         console.print(line, markup=False, soft_wrap=True)

@@ -79,13 +79,12 @@ def tune_command(
 
 def tune(settings: TuneCommandSettings, out: Output) -> None:
     """Tunes and shows what came out (the command and the job alike)."""
-    from scaleot_ray.artifacts.storage import read_artifact
-    from scaleot_ray.stages.tune import tune_emulator
-
-    emulator = read_artifact(settings.emulator, expected_kind="emulator")
     with ProgressBars() as bars:
+        from scaleot_ray.artifacts.storage import read_artifact
+        from scaleot_ray.stages.tune import tune_emulator
+
         result = tune_emulator(
-            emulator,
+            read_artifact(settings.emulator, expected_kind="emulator"),
             settings.train,
             settings.tune,
             Path(settings.output),
