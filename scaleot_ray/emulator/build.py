@@ -29,6 +29,7 @@ from scaleot_ray.errors import ConfigError
 from scaleot_ray.evaluation.loss import evaluate_loss
 from scaleot_ray.families import as_stored, dense_weight, layer_count
 from scaleot_ray.families.loading import BaseModel, tokenizer_files
+from scaleot_ray.progress import OnProgress, ProgressMeter
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def build_emulator(
     settings: EmulatorSettings,
     facts: FullModelFacts,
     held_out: Sequence[Batch] = (),
+    on_progress: OnProgress | None = None,
 ) -> Artifact:
     """An emulator artefact for the triplet (N_a, α, β) of ``settings``.
 
@@ -61,6 +63,7 @@ def build_emulator(
         settings: the triplet, the layout, the builder.
         facts: digest and held-out loss of the full model.
         held_out: public batches on which the emulator's loss is measured.
+        on_progress: hears of ``compress`` and ``measure emulator``.
 
     Raises:
         ConfigError: the settings hide nothing and ``allow_unprotected`` is off, or leave no middle
@@ -75,7 +78,7 @@ def build_emulator(
             "Raise emulator.alpha (0.25 or more), or set emulator.allow_unprotected for an experiment; "
             "such an emulator is never sent.",
         )
-    tensors, verbatim = _tensors(base, stage_one, roles, settings)
+    tensors, verbatim = _tensors(base, stage_one, roles, settings, on_progress)
     full_parameters = sum(parameter.numel() for parameter in base.model.parameters())
     content = EmulatorContent(
         plug_in_layers=settings.plug_in_layers,
@@ -96,7 +99,9 @@ def build_emulator(
     if held_out:
         dtype, device = base.model.dtype, next(base.model.parameters()).device
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
-        content = content.model_copy(update={"emulator_loss": evaluate_loss(emulator, held_out).value})
+        content = content.model_copy(
+            update={"emulator_loss": evaluate_loss(emulator, held_out, None, on_progress, "measure emulator").value}
+        )
     artifact = Artifact.create(
         "emulator",
         content,
@@ -130,7 +135,11 @@ def _harmonizer_spec(stage_one: StageOne | None, roles: Iterable[LayerRole]) -> 
 
 
 def _tensors(
-    base: BaseModel, stage_one: StageOne | None, roles: Sequence[LayerRole], settings: EmulatorSettings
+    base: BaseModel,
+    stage_one: StageOne | None,
+    roles: Sequence[LayerRole],
+    settings: EmulatorSettings,
+    on_progress: OnProgress | None,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Everything that leaves, and how many of its numbers are the model's own."""
     model, family = base.model, base.family
@@ -144,9 +153,12 @@ def _tensors(
             tensors[name] = tensor.detach()
     verbatim = set(tensors)
     if settings.beta > 0:
-        for index in positions(roles, LayerRole.KEPT):
-            moments = stage_one if settings.compression == "activation_aware" else None
+        kept = positions(roles, LayerRole.KEPT)
+        moments = stage_one if settings.compression == "activation_aware" else None
+        meter = ProgressMeter("compress", len(kept), on_progress)
+        for index in kept:
             verbatim -= _compress_layer(base, index, tensors, settings.beta, moments)
+            meter.advance()
     for index in positions(roles, LayerRole.REPLACED):
         assert stage_one is not None
         for name, value in stage_one.harmonizers[index].items():

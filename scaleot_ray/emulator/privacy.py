@@ -96,7 +96,7 @@ def build_for_privacy(
     meter = ProgressMeter(f"privacy {settings.privacy}", len(LADDER), on_progress)
     for alpha, beta in LADDER:
         changed = settings.model_copy(update={"alpha": alpha, "beta": beta})
-        artifact = build_emulator(base, stage_one, changed, facts, held_out)
+        artifact = build_emulator(base, stage_one, changed, facts, held_out, on_progress)
         content = artifact.manifest.content
         assert isinstance(content, EmulatorContent)
         assert content.loss_margin is not None

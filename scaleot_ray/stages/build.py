@@ -69,7 +69,8 @@ def build(
             goes on from its checkpoint there. None keeps nothing.
         resume: if ``output`` holds the very emulator that would be built, take it as it is.
         overwrite: replace another artefact in ``output``.
-        on_progress: hears of the stages ``calibrate``, ``layer damage`` and ``stage 1``.
+        on_progress: hears of the stages ``calibrate``, ``layer damage``, ``stage 1``,
+            ``measure full model``, ``compress`` and ``measure emulator``.
 
     Raises:
         ConfigError: settings are out of range or hide nothing, or ``output`` exists.
@@ -99,10 +100,10 @@ def build(
         if emulator.builder == "scaleot":
             result, reused = _stage_one(base, text, stage_one, folder, on_progress)
     with _timed(seconds, "emulator"):
-        facts = FullModelFacts(digest, _full_loss(base, text, folder))
+        facts = FullModelFacts(digest, _full_loss(base, text, folder, on_progress))
         reached = None
         if emulator.privacy is None:
-            artifact = build_emulator(base, result, emulator, facts, text.held_out)
+            artifact = build_emulator(base, result, emulator, facts, text.held_out, on_progress)
         else:
             chosen = build_for_privacy(base, result, emulator, facts, text.held_out, on_progress)
             artifact, reached = chosen.artifact, chosen.as_json()
@@ -125,13 +126,13 @@ def _stage_one(
     return result, reused
 
 
-def _full_loss(base: BaseModel, text: PublicText, folder: Path | None) -> float:
+def _full_loss(base: BaseModel, text: PublicText, folder: Path | None, on_progress: OnProgress | None) -> float:
     """The full model's loss on the held-out text; measured once per model and text."""
     path = folder / "full_model.json" if folder is not None else None
     known = read_record(path).get("loss") if path is not None else None
     if isinstance(known, float):
         return known
-    loss = evaluate_loss(base.model, text.held_out).value
+    loss = evaluate_loss(base.model, text.held_out, None, on_progress, "measure full model").value
     if path is not None:
         write_record(path, {"loss": loss})
     return loss
