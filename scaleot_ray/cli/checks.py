@@ -41,12 +41,16 @@ class Check:
 
 
 def all_checks() -> Iterator[Check]:
-    """Every check, the quick ones first."""
+    """Every check, the quick ones first; without the packages the others cannot be made."""
+    yield python_version(sys.version_info[:3])
+    installed = packages()
+    yield installed
+    if installed.status == "fail":
+        return
+
     from scaleot_ray.federation.machine import this_machine
 
     machine = this_machine()
-    yield python_version(sys.version_info[:3])
-    yield packages()
     yield threads(machine.cpus, os.environ.get("OMP_NUM_THREADS"))
     yield memory(machine.memory)
     yield disk(Path.cwd())

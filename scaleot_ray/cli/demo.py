@@ -111,11 +111,12 @@ def model_section(model: str | None) -> dict[str, Any]:
     Raises:
         ConfigError: none was given and SmolLM2 is not there.
     """
-    if model is not None:
+    path = Path(model) if model is not None else MODEL
+    if path.name != MODEL.name:
         return {"path": model}
-    if not MODEL.exists():
+    if model is None and not path.exists():
         raise ConfigError(
             f"the demo's model {MODEL} is not here.",
             "Run `make demo` in the project's folder, which obtains it, or give --model DIRECTORY or FILE.gguf.",
         )
-    return {"path": str(MODEL), "licence": MODEL_LICENCE}
+    return {"path": str(path), "licence": MODEL_LICENCE}

@@ -99,6 +99,7 @@ def test_packages(version: str | None, problem: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checks.metadata, "version", pretend)
     assert checks.packages().status == "fail"
     assert problem in checks.packages().found
+    assert [check.name for check in checks.all_checks()] == ["python", "packages"]
 
 
 def test_deepspeed_without_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,14 @@ def test_commands_in_the_text_exist(path: Path) -> None:
     text = path.read_text()
     assert set(re.findall(r"`?scaleot ([a-z]+)", text)) <= known
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"\n```sh\nray .*?```", "", text, flags=re.S)))
-    elsewhere = {"--help", "--working-dir", "--entrypoint-num-gpus", "--entrypoint-num-cpus", "--shm-size"}
+    elsewhere = {
+        "--help",
+        "--working-dir",
+        "--entrypoint-num-gpus",
+        "--entrypoint-num-cpus",
+        "--shm-size",
+        "--dashboard-agent-listen-port",
+    }
     assert options - elsewhere <= declared_options() | {"--version"}
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.cli.command import PROJECT, Warm
-from tests.cli.conftest import BUILD, TUNE, write_rows
+from tests.cli.command import PROJECT, Warm, started
+from tests.cli.conftest import BUILD, STAGE_ONE, TUNE, write_rows
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 
@@ -292,6 +295,52 @@ class TestRefused:
         done = warm.scaleot("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", cwd=place)
         assert done.code == 2
         assert "tune.block_size" in done.err
+
+
+class TestInterrupted:
+    """Ctrl-C, or SIGTERM from a scheduler: exit code 130, and the same command goes on."""
+
+    def stopped(self, arguments: list[object], stage: str, number: signal.Signals, place: Path) -> None:
+        with started(*arguments, cwd=place) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(f"{stage}:"):
+                    time.sleep(1)
+                    process.send_signal(number)
+                    break
+            out, rest = process.communicate(timeout=60)
+        assert process.returncode == 130, rest
+        assert out == ""
+        assert "Traceback" not in rest
+        assert f"error: {arguments[0]} was interrupted." in rest
+        assert "  → Run the same command again" in rest
+
+    def goes_on(self, arguments: list[object], stage: str, place: Path, warm: Warm) -> None:
+        done = warm.scaleot(*arguments, cwd=place)
+        assert done.code == 0, done.err
+        first = re.search(rf"^{stage}: (\d+)/", done.err, flags=re.M)
+        assert first is not None
+        assert int(first.group(1)) > 2, done.err
+
+    def test_build(self, place: Path, warm: Warm) -> None:
+        settings = [f"--set=stage_one.{item}" for item in (*STAGE_ONE[1:], "steps=400", "checkpoint_every=1")]
+        arguments: list[object] = ["build", "--model=model", "--public=public.jsonl", "--output=late", *settings]
+        self.stopped([*arguments, "--plug-in-layers=2"], "stage 1", signal.SIGINT, place)
+        assert not (place / "late").exists()
+        self.goes_on([*arguments, "--plug-in-layers=2"], "stage 1", place, warm)
+
+    def test_tune(self, place: Path, warm: Warm) -> None:
+        settings = ["--set=tune.block_size=32", "--set=tune.steps=400", "--set=tune.checkpoint_every=1"]
+        arguments: list[object] = [
+            "tune",
+            "--emulator=emulator",
+            "--train=train.jsonl",
+            "--output=late-tuned",
+            *settings,
+        ]
+        self.stopped(arguments, "tune data owner", signal.SIGTERM, place)
+        assert not (place / "late-tuned" / "delta").exists()
+        self.goes_on(arguments, "tune data owner", place, warm)
 
 
 class TestJobs:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from scaleot_ray.cli.demo import forget
+from scaleot_ray.cli.demo import MODEL, forget, model_section
 from scaleot_ray.cli.run import crossings, emulator_lines
+from scaleot_ray.errors import ConfigError
 from tests.cli.command import scaleot, started
 from tests.cli.test_documents import undocumented
 
@@ -68,6 +69,14 @@ def test_a_run_from_a_file(place: Path, tmp_path: Path) -> None:
     forget(tmp_path / "copy")
     assert not (tmp_path / "copy" / "emulator").exists()
     assert (tmp_path / "copy" / "audit.jsonl").exists()
+
+
+def test_the_demo_knows_its_models_licence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert model_section("some/model") == {"path": "some/model"}
+    assert model_section(f"/elsewhere/{MODEL.name}")["licence"].startswith("Apache-2.0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is not here"):
+        model_section(None)
 
 
 def test_forget_leaves_foreign_folders_alone(tmp_path: Path) -> None:
