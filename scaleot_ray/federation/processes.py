@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -56,16 +56,16 @@ class PeakMemory:
             self._cheap_peak = cheap
             self.bytes = max(self.bytes, _proportional_sum(processes))
 
-    def _processes(self) -> Iterator[psutil.Process]:
+    def _processes(self) -> Iterable[psutil.Process]:
         this = psutil.Process()
-        yield this
-        yield from this.children(recursive=True)
-        for pid in list(self.others):
+        found = {process.pid: process for process in (this, *this.children(recursive=True))}
+        for pid in self.others - found.keys():
             process = _process(pid)
             if process is None:
                 self.others.discard(pid)
             else:
-                yield process
+                found[pid] = process
+        return found.values()
 
 
 def _cheap_sum(processes: list[psutil.Process]) -> int:

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from scaleot_ray.federation.machine import Machine, usable_memory
 from scaleot_ray.federation.processes import end_marked
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
+_SHUTDOWN_SECONDS = 4.0  # it takes 1.5
 _SOCKET_PATH_LIMIT = 40  # Ray appends about 65 characters; unix sockets take 107
 
 
@@ -121,9 +123,13 @@ def _started(cpus: int, gpus: int, object_store_bytes: int, debug: bool) -> Iter
             _start(cpus, gpus, object_store_bytes, folder, debug)
         yield
     finally:
+        # Where a signal reached Ray's own processes as well, Ray would wait for them half a minute.
+        impatience = threading.Timer(_SHUTDOWN_SECONDS, end_marked, (MARK, mark))
+        impatience.start()
         # Interrupted while starting, Ray may not know of its own processes: the mark finds them all.
         with contextlib.suppress(Exception):
             ray.shutdown()
+        impatience.cancel()
         worker._worker_logs_enabled = talkative
         end_marked(MARK, mark)
         shutil.rmtree(folder, ignore_errors=True)

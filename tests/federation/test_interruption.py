@@ -49,12 +49,9 @@ def interrupted(folder: Path, stage: str, step: int, number: int) -> dict[str, A
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 5, "".join(told)
     start = time.monotonic()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # a terminal sends it to everybody in the foreground
-        time.sleep(0.5)
-        os.killpg(process.pid, number)  # and people press it twice
-    else:
-        process.send_signal(number)
+    os.killpg(process.pid, number)  # a terminal, and many a scheduler, sends it to the whole group
+    time.sleep(0.5)
+    os.killpg(process.pid, number)  # and people press it twice
     out, _ = process.communicate(timeout=60)
     seconds = time.monotonic() - start
     _, left = psutil.wait_procs(family, timeout=1)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from scaleot_ray.federation.processes import PeakMemory, end, end_marked, marked, wait_for_end
 
@@ -65,6 +66,17 @@ def test_shared_pages_count_once() -> None:
     memory.look()
     kill(process)
     assert memory.bytes - before < SIZE * 1.5
+
+
+def test_a_process_counts_once_even_if_it_is_named_too() -> None:
+    process = child(HOLD.format(size=SIZE))
+    named, plain = PeakMemory(), PeakMemory()
+    named.others = {process.pid, os.getpid(), 2**22 - 1}
+    named.look()
+    plain.look()
+    kill(process)
+    assert named.bytes == pytest.approx(plain.bytes, rel=0.02)
+    assert named.others == {process.pid, os.getpid()}
 
 
 def test_a_thread_looks_by_itself() -> None:

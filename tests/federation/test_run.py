@@ -151,6 +151,16 @@ def test_three_owners_on_two_processors_take_turns_and_secrets_stay_apart(tmp_pa
     assert not (Path(run.settings.output) / "evaluator").exists()
 
 
+def test_one_owner_leaves_a_processor_to_the_evaluator(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, tune={"steps": 600})
+    run = Run(settings.model_copy(update={"tenants": settings.tenants[:1]}))
+    stages = [progress.stage for progress in run.heard]
+    last_of_tuning = max(index for index, stage in enumerate(stages) if stage == "tune alice")
+    # The full model's rows need no delta; plugging in does.
+    assert stages.index("full zero shot alice") < last_of_tuning < stages.index("plug in alice")
+    assert all(run.json["tenants"][0][row] > 0 for row in ROWS)
+
+
 def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
     settings = write_tiny_run(tmp_path, evaluator=False)
     Path(settings.tenants[1].train.path).write_text('{"other": "column"}\n')
