@@ -103,7 +103,14 @@ class StageOneSettings(Settings):
     block_size: int = Field(128, ge=8, description="tokens per sequence")
     learning_rate: Number = Field(1e-3, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
-    group_size: int = Field(4, ge=2, description="neighbouring middle layers per group; about half are replaced")
+    group_size: int = Field(4, ge=2, description="neighbouring middle layers per group")
+    masked_fraction: Number = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of every group that a sampled mask replaces; the paper's half prepares for any alpha, "
+        "a share near the alpha to be built spends the steps on that",
+    )
     score_every: int = Field(5, ge=1, description="harmonizer steps between two score (RL) steps")
     candidates: int = Field(4, ge=2, description="masks scored in one RL step, N_c")
     score_learning_rate: Number = Field(1.0, gt=0, description="η of the score update, on standardised rewards")

@@ -18,11 +18,12 @@ class LayerScores:
     Args:
         middle: positions of the middle layers, in order.
         group_size: neighbouring layers per group.
+        fraction: share of each group that a mask replaces.
         seed: of the generator that samples masks.
     """
 
-    def __init__(self, middle: Sequence[int], group_size: int, seed: int = 0) -> None:
-        self.middle = tuple(middle)
+    def __init__(self, middle: Sequence[int], group_size: int, fraction: float = 0.5, seed: int = 0) -> None:
+        self.middle, self.fraction = tuple(middle), fraction
         self.values = torch.zeros(len(self.middle), dtype=torch.float64)
         self.groups = [
             list(range(start, min(start + group_size, len(self.middle))))
@@ -31,7 +32,7 @@ class LayerScores:
         self.generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> frozenset[int]:
-        """A random mask: the positions to replace, about half of each group.
+        """A random mask: the positions to replace, the fraction (about half in the paper) of each group.
 
         Layers are drawn without return with probability proportional to σ(−s): low scores are
         replaced more often and every mask stays possible. Taking the lower half outright would
@@ -39,9 +40,9 @@ class LayerScores:
         """
         chosen: list[int] = []
         for group in self.groups:
-            half = len(group) / 2
-            # Half of an odd group is a coin toss, so that its layers too are replaced half the time.
-            count = int(half) + int(half % 1 > 0 and torch.rand((), generator=self.generator).item() < 0.5)
+            share = self.fraction * len(group)
+            # What is left of a whole layer is a coin toss, so that the share holds on average.
+            count = int(share) + int(torch.rand((), generator=self.generator).item() < share % 1)
             if count == 0:
                 continue
             weights = torch.sigmoid(-self.values[group])

@@ -98,7 +98,7 @@ class _Trainer:
         self.settings, self.checkpoint, self.on_progress = settings, checkpoint, on_progress
         self.parameter = next(model.parameters())
         self.positions = candidate_layers(layer_count(model.config))
-        self.scores = LayerScores(self.positions, settings.group_size, settings.seed)
+        self.scores = LayerScores(self.positions, settings.group_size, settings.masked_fraction, settings.seed)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.fit: dict[int, float] = {}

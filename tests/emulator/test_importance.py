@@ -8,12 +8,19 @@ from scaleot_ray.emulator.importance import LayerScores
 
 @given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 10))
 def test_masks_replace_about_half_of_every_group(count, group_size, seed):
-    scores = LayerScores(range(1, count + 1), group_size, seed)
+    scores = LayerScores(range(1, count + 1), group_size, seed=seed)
     mask = scores.sample()
     assert mask <= set(scores.middle)
     for group in scores.groups:
         replaced = sum(scores.middle[index] in mask for index in group)
         assert len(group) // 2 <= replaced <= (len(group) + 1) // 2
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.3, 0.5, 0.8])
+def test_the_masked_share_holds_on_average(fraction):
+    scores = LayerScores(range(10), 4, fraction)
+    replaced = [len(scores.sample()) for _ in range(2000)]
+    assert sum(replaced) / len(replaced) == pytest.approx(10 * fraction, abs=0.15)
 
 
 def test_masks_explore_and_low_scores_are_replaced_more_often():
@@ -40,7 +47,7 @@ def _train(scores: LayerScores, worth: dict[int, float], steps: int, shuffle: bo
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_order_layers_by_what_their_loss_costs(seed):
     worth = {1: 1.0, 2: 0.1, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 7: 0.1, 8: 1.0}
-    scores = LayerScores(tuple(worth), 4, seed)
+    scores = LayerScores(tuple(worth), 4, seed=seed)
     _train(scores, worth, steps=80)
     assert scores.lowest(2) == (2, 7)
 
@@ -49,7 +56,7 @@ def test_shuffled_rewards_do_not():
     worth = {1: 1.0, 2: 0.1, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 7: 0.1, 8: 1.0}
     found = []
     for seed in range(6):
-        scores = LayerScores(tuple(worth), 4, seed)
+        scores = LayerScores(tuple(worth), 4, seed=seed)
         _train(scores, worth, steps=80, shuffle=True)
         found.append(scores.lowest(2) == (2, 7))
     assert sum(found) <= 2
