@@ -177,8 +177,8 @@ class TenantSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     train: DataSettings
     test: DataSettings
-    cpus: int = Field(1, ge=1)
-    gpus: Number = Field(0.0, ge=0)
+    cpus: int = Field(1, ge=1, description="processors it tunes with, and the evaluator measures its rows with")
+    gpus: Number = Field(0.0, ge=0, description="GPUs, or a share of one, for the same")
     tune: TuneSettings | None = Field(None, description="taken instead of the run's tune section for this data owner")
 
 
@@ -198,7 +198,7 @@ class RunSettings(Settings):
         "without it the rows that need both secrets stay empty",
     )
     evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks per tenant")
-    owner_cpus: int = Field(2, ge=1, description="processors of the model owner's and the evaluator's stages")
+    owner_cpus: int = Field(2, ge=1, description="processors the model owner builds with")
     owner_gpus: Number = Field(0.0, ge=0)
 
     @model_validator(mode="after")
