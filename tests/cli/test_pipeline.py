@@ -303,13 +303,15 @@ class TestInterrupted:
     def stopped(self, arguments: list[object], stage: str, number: signal.Signals, place: Path) -> None:
         with started(*arguments, cwd=place) as process:
             assert process.stderr is not None
+            shown = []
             for line in process.stderr:
+                shown.append(line)
                 if line.startswith(f"{stage}:"):
                     time.sleep(1)
                     process.send_signal(number)
                     break
             out, rest = process.communicate(timeout=60)
-        assert process.returncode == 130, rest
+        assert process.returncode == 130, "".join([*shown, rest])
         assert out == ""
         assert "Traceback" not in rest
         assert f"error: {arguments[0]} was interrupted." in rest

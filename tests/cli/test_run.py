@@ -15,7 +15,7 @@ import yaml
 from scaleot_ray.cli.demo import MODEL, forget, model_section
 from scaleot_ray.cli.run import crossings, emulator_lines
 from scaleot_ray.errors import ConfigError
-from tests.cli.command import scaleot, started
+from tests.cli.command import Warm, scaleot, started
 from tests.cli.test_documents import undocumented
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
@@ -118,9 +118,9 @@ def test_the_demo_with_another_model_until_interrupted(place: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("key", ["tenants.0.train.path=gone.jsonl", "owner_cpus=4000"])
-def test_what_cannot_work_is_refused_before_ray_starts(place: Path, tmp_path: Path, key: str) -> None:
+def test_what_cannot_work_is_refused_before_ray_starts(place: Path, tmp_path: Path, warm: Warm, key: str) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_settings(place)))
-    done = scaleot("run", "run.yaml", "--set", key, "--format", "json", cwd=tmp_path)
+    done = warm.scaleot("run", "run.yaml", "--set", key, "--format", "json", cwd=tmp_path)
     assert done.code == (4 if key.startswith("owner") else 2)
     assert key.partition("=")[0] in done.error["message"]
 
