@@ -70,8 +70,12 @@ def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
     return Needs(
         emulator=emulator,
         object_store=emulator + emulator // 16 + 2 * deltas + STORE_ROOM,
-        # An artefact is written beside the one it replaces; checkpoints are values and two moments.
-        disk=2 * emulator + 2 * 12 * harmonizers + sum(4 * 12 * count for count in trained.values()),
+        # An artefact is written beside the one it replaces; checkpoints are values and two moments; stage 1
+        # keeps second moments of attention's inputs.
+        disk=2 * emulator
+        + 2 * 12 * harmonizers
+        + size.layers * 2 * size.width * size.width * 4
+        + sum(4 * 12 * count for count in trained.values()),
         owner=Memory(PROCESS + 2 * full, _stage_one_work(stage_one, harmonizers, size)),
         data_owners={
             name: Memory(PROCESS + _training(trained[name], weight), activations(tune, size))
@@ -109,7 +113,8 @@ def _training(count: int, weight: int) -> int:
 
 
 def _stage_one_work(settings: StageOneSettings, harmonizers: int, size: ModelSize) -> int:
-    statistics = size.layers * 2 * size.width * size.width * 8 if settings.start == "closed_form" else 0
+    # Sums over hidden states and over the inputs of attention: about four d × d matrices a layer, in fp64.
+    statistics = size.layers * 4 * size.width * size.width * 8
     logits_of_teacher = settings.batch_size * settings.block_size * size.vocabulary * 4
     step = _step(settings.batch_size * settings.block_size, size.layers, size) + logits_of_teacher
     return max(statistics, 16 * harmonizers + step)

@@ -59,6 +59,8 @@ def check_memory(settings: RunSettings, needs: Needs, machine: Machine) -> None:
             "or set model.dtype to bfloat16.",
         )
     phases: list[tuple[str, Memory, int]] = [("the model owner's build", needs.owner, 0)]
+    # The coordinator reads and checks the emulator in its own memory before it is shared.
+    phases.append(("sharing the emulator", Memory(needs.emulator, 0), needs.emulator))
     phases += [(f"tuning by data owner {name}", memory, needs.emulator) for name, memory in needs.data_owners.items()]
     phases += [(f"the evaluator of {name}", memory, needs.emulator) for name, memory in needs.evaluators.items()]
     for what, memory, shared in phases:

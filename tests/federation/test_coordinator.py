@@ -16,9 +16,10 @@ from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import EmulatorSettings
+from scaleot_ray.emulator.assemble import assemble
 from scaleot_ray.errors import ArtifactRefused, RunFailed
 from scaleot_ray.federation.coordinator import Coordinator
-from scaleot_ray.federation.object_store import from_shared, to_shared
+from scaleot_ray.federation.object_store import check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.role import Present, Role, start, stop
 from scaleot_ray.federation.session import Session
 from scaleot_ray.stages.build import build
@@ -79,6 +80,18 @@ def test_the_shared_copy_is_watched_to_the_end(coordinator: Any, parts: Parts) -
     ray.get(write_in_place.remote(reference))
     with pytest.raises(RunFailed, match=r"coordinator found that tensor 'model.layers.0.mlp.up_proj.weight'"):
         ray.get(coordinator.finish.remote())
+
+
+@pytest.mark.parametrize("method", ["layers", "lora", "bottleneck"])
+def test_tuning_shares_what_is_frozen_and_copies_what_it_trains(parts: Parts, tmp_path: Path, method: str) -> None:
+    shared = from_shared(to_shared(parts.emulator))
+    for name, parameter in assemble(shared).named_parameters():
+        assert parameter.data_ptr() == shared.tensors[name].data_ptr()
+        assert not parameter.requires_grad
+    settings = write_tiny_run(parts.folder, tune={"steps": 3, "method": method})
+    result = tune_emulator(shared, settings.tenants[0].train, settings.tune, tmp_path, device="cpu")
+    assert any(tensor.any() for tensor in result.delta.tensors.values())
+    check_unchanged(shared, "data owner alice")
 
 
 def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
