@@ -168,11 +168,7 @@ def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
         run_local(settings)
     assert type(caught.value) is DataError
     assert not actors_left()
-    # What alice had finished, and stage 1, are reused once bob has mended his file.
-    write_text(Path(settings.tenants[1].train.path), WORDS[10:], 40)
-    run = Run(settings)
-    assert "stage 1" not in run.stages
-    assert "tune bob" in run.stages
+    read_artifact(Path(settings.output) / "emulator")  # what was finished is whole
 
 
 @pytest.mark.parametrize("place", ["public", "tenants.1.test"])
