@@ -40,7 +40,9 @@ class Harmonizer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Hidden states (batch, time, d) to the same shape; what else a decoder layer takes is ignored."""
-        output = hidden_states + self.up(self.act(self.down(hidden_states)))
+        # In stage 1 harmonizers learn in float32, whatever the type of the model around them.
+        inner = self.act(self.down(hidden_states.to(self.down.weight.dtype)))
+        output = hidden_states + self.up(inner).to(hidden_states.dtype)
         return (output, None) if self.returns_tuple else output
 
 

@@ -10,8 +10,12 @@ from torch.nn import functional
 
 
 def kept_rank(shape: tuple[int, int], beta: float) -> int:
-    """Rank that a rank reduction β leaves of an (out, in) matrix: (1 − β)·min(out, in), at least 1."""
-    return max(1, round((1 - beta) * min(shape)))
+    """Rank that a rank reduction β leaves of an (out, in) matrix: (1 − β)·min(out, in), at least 1.
+
+    Any β above 0 takes at least one direction, so that what counts as compressed is not the matrix itself.
+    """
+    full = min(shape)
+    return full if beta == 0 else max(1, min(full - 1, round((1 - beta) * full)))
 
 
 def truncate(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

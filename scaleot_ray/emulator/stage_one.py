@@ -104,7 +104,8 @@ class StageOne:
             leader = json.loads(about["leader"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise RunFailed(
-                f"{path}: is no readable stage-1 result ({error}).", "Delete it; stage 1 then starts afresh."
+                f"{path}: is no readable stage-1 result ({error}).",
+                f"Delete the folder {path.parent}; stage 1 then starts afresh.",
             ) from error
         harmonizers: dict[int, dict[str, torch.Tensor]] = {}
         extra: dict[str, torch.Tensor] = {}

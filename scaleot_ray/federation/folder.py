@@ -23,7 +23,9 @@ from pathlib import Path
 
 from scaleot_ray.errors import ConfigError
 
-_LEFT_BEHIND = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\..+\.\d+")
+_OWN = ("model_owner", "tenants", "evaluator")
+_LEFT_AT_THE_TOP = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\.report\.json\.\d+")
+_LEFT_INSIDE = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\..+\.(safetensors|json)\.\d+")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ class RunFolder:
             os.close(handle)
 
     def _clear(self) -> None:
-        # Whatever is renamed into place last has such a name before; nobody else writes here now.
-        for path in [path for path in self.path.rglob(".*") if _LEFT_BEHIND.fullmatch(path.name)]:
+        # Whatever is renamed into place last has such a name before. The folder may be one that the user
+        # keeps other things in, so only what a run itself makes is looked at.
+        left = [path for path in self.path.glob(".*") if _LEFT_AT_THE_TOP.fullmatch(path.name)]
+        for own in _OWN:
+            left += [path for path in (self.path / own).rglob(".*") if _LEFT_INSIDE.fullmatch(path.name)]
+        for path in left:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -223,7 +223,7 @@ class Phases:
         now = time.monotonic()
         tenant.seconds[stage] = tenant.seconds.get(stage, 0.0) + now - begun
         first, _ = self._spans.get(stage, (begun, now))
-        self._spans[stage] = (first, now)
+        self._spans[stage] = (min(first, begun), now)
 
     def _start(self, actor: Running, kind: Any, cpus: int, gpus: float, *arguments: Any, claim: bool = True) -> None:
         if actor is not self.coordinator:

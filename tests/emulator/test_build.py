@@ -216,3 +216,13 @@ def test_a_saved_stage_one_result_builds_the_same_emulator(tmp_path):
     again = build_emulator(base, loaded, settings, FACTS)
     assert built.digest == again.digest
     assert built.digest != build_emulator(base, loaded, _settings(compression="svd"), FACTS).digest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types_get_emulators_of_their_type(dtype):
+    base = _base()
+    base.model.to(dtype)
+    artifact = build_emulator(base, _stage_one(base), _settings(compression="activation_aware"), FACTS, STREAM.fixed(2))
+    assert {tensor.dtype for tensor in artifact.tensors.values()} == {dtype}
+    assert _logits(assemble(artifact)).dtype == dtype
+    assert artifact.manifest.content.emulator_loss is not None

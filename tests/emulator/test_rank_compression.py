@@ -10,7 +10,8 @@ from tests.tiny_models import TINY, tiny_model
 
 
 @pytest.mark.parametrize(
-    ("shape", "beta", "rank"), [((576, 576), 0.8, 115), ((192, 576), 0.8, 38), ((8, 8), 0.99, 1), ((10, 20), 0, 10)]
+    ("shape", "beta", "rank"),
+    [((576, 576), 0.8, 115), ((192, 576), 0.8, 38), ((8, 8), 0.99, 1), ((10, 20), 0, 10), ((192, 576), 0.001, 191)],
 )
 def test_beta_is_a_rank_reduction(shape, beta, rank):
     assert kept_rank(shape, beta) == rank

@@ -34,6 +34,15 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
         assert not (tmp_path / ".scaleot-0a1b2c3d.partial").exists()
 
 
+def test_other_hidden_files_of_the_user_stay(tmp_path: Path) -> None:
+    theirs = [tmp_path / ".venv-3.11" / "x", tmp_path / ".bashrc.20240101", tmp_path / "docs" / ".a.json.12"]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    with RunFolder(tmp_path).held():
+        assert all(path.exists() for path in theirs)
+
+
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
