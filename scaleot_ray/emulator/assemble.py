@@ -35,6 +35,9 @@ def emulator_content(manifest: Manifest) -> EmulatorContent:
 def emulator_config(manifest: Manifest) -> Any:
     """The Hugging Face config of the model that the emulator stands for."""
     values = dict(manifest.model_config_json or {})
+    # How attention is computed is the receiver's business; a sender's wish could name code to be fetched.
+    for wish in ("attn_implementation", "_attn_implementation", "auto_map"):
+        values.pop(wish, None)
     return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
 
 

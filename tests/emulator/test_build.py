@@ -226,3 +226,11 @@ def test_models_of_other_types_get_emulators_of_their_type(dtype):
     assert {tensor.dtype for tensor in artifact.tensors.values()} == {dtype}
     assert _logits(assemble(artifact)).dtype == dtype
     assert artifact.manifest.content.emulator_loss is not None
+
+
+def test_a_sender_does_not_choose_the_receivers_attention_code():
+    base = _base()
+    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    config = {**artifact.manifest.model_config_json, "attn_implementation": "somebody/kernel", "auto_map": {"x": "y"}}
+    artifact.manifest = artifact.manifest.model_copy(update={"model_config_json": config})
+    assert torch.isfinite(_logits(assemble(artifact))).all()
