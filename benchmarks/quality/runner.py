@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.environment import environment, now
 from benchmarks.quality.measured import score_record
 from benchmarks.quality.plan import Budget, Cell
@@ -66,7 +68,12 @@ class Quality:
         self.public = public_text(data)
         public_digest = data_digest(self.public)  # a missing file shows before the model is loaded
         self.base: BaseModel = load_base_model(ModelSettings(path=model, dtype="float32", device=device))
-        self.identity = {"version": __version__, "model": model_digest(self.base.model), "public": public_digest}
+        self.identity = {
+            "version": __version__,
+            "model": model_digest(self.base.model),
+            "public": public_digest,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+        }
         self._tasks: dict[str, TaskSetup] = {}
 
     def task(self, name: str) -> TaskSetup:

@@ -32,11 +32,14 @@ def interruptible(remedy: str) -> Iterator[Callable[[], None]]:
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     caught = [number for number in _SIGNALS if before[number] != signal.SIG_IGN]
+    received: list[str] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:
+        # Noted here, because Ray, waiting, raises a KeyboardInterrupt of its own in place of ours.
+        received.append(signal.Signals(number).name)
         for each in caught:
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        raise KeyboardInterrupt
 
     def install() -> None:
         for number in caught:
@@ -47,7 +50,7 @@ def interruptible(remedy: str) -> Iterator[Callable[[], None]]:
         yield install
     except (KeyboardInterrupt, SystemExit) as error:
         # Ray's own SIGTERM handler, in place while it starts, raises SystemExit.
-        name = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else "SIGTERM"
+        name = received[0] if received else "SIGTERM" if isinstance(error, SystemExit) else "SIGINT"
         raise Interrupted(f"the run was interrupted ({name}).", remedy) from error
     finally:
         for number in caught:
