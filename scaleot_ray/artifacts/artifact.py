@@ -44,6 +44,8 @@ class Artifact:
         family: str | None = None,
         model_config: dict[str, Any] | None = None,
         parent_digest: str | None = None,
+        base_model: str | None = None,
+        licence: str | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> Artifact:
         """An artefact of ``tensors`` and ``files``, with its manifest.
@@ -55,11 +57,13 @@ class Artifact:
             family: name of the model family.
             model_config: the Hugging Face config as ``to_dict()`` gives it.
             parent_digest: digest of the artefact this one was made from.
+            base_model, licence: name of the base model and its licence notice, short and plain
+                (:mod:`~scaleot_ray.artifacts.provenance`).
             shard_bytes: tensor bytes in one file.
 
         Raises:
             ArtifactRefused: a tensor has no data, a type artefacts do not carry or values that are not
-                finite, or a name is not allowed.
+                finite, or a name or notice is not allowed.
         """
         plain = {name: _plain(name, tensor) for name, tensor in tensors.items()}
         shards = _shards(plain, shard_bytes)
@@ -85,8 +89,29 @@ class Artifact:
             tensors=entries,
             files={name: _file_entry(data) for name, data in contents.items()},
             parent_digest=parent_digest,
+            base_model=base_model,
+            licence=licence,
         )
         return cls(manifest, plain, contents)
+
+    @classmethod
+    def made_from(
+        cls, parent: Manifest, kind: Kind, content: Content, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> Artifact:
+        """A data owner's artefact: tied to the emulator ``parent``, from which it takes what it says of the model.
+
+        Raises:
+            ArtifactRefused: as :meth:`create`.
+        """
+        return cls.create(
+            kind,
+            content,
+            tensors or {},
+            family=parent.family,
+            parent_digest=parent.digest(),
+            base_model=parent.base_model,
+            licence=parent.licence,
+        )
 
     def with_files(self, files: Mapping[str, bytes]) -> Artifact:
         """The same artefact with files added or replaced (the card, which is made from the manifest)."""

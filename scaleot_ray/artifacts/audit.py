@@ -14,7 +14,23 @@ from typing import Any, Literal
 
 from scaleot_ray.errors import ResourcesMissing
 
+Decision = Literal["sent", "received", "refused"]
+
+MODEL_OWNER = "model owner"
+DATA_OWNERS = "data owners"
+"""Whoever the model owner hands an emulator's folder to."""
+
 _LOG = logging.getLogger(__name__)
+
+
+def data_owner(name: str) -> str:
+    """Name of a data owner in messages and in the audit log."""
+    return name if name == "data owner" else f"data owner {name}"
+
+
+def evaluator(name: str) -> str:
+    """Name of the evaluator of one data owner's rows."""
+    return f"evaluator {name}"
 
 
 class AuditLog:
@@ -39,10 +55,18 @@ class AuditLog:
         kind: str,
         bytes: int,
         digest: str,
-        decision: Literal["sent", "refused"] = "sent",
+        decision: Decision = "sent",
         reason: str | None = None,
     ) -> None:
-        """Appends one crossing. ``reason`` says why one was refused.
+        """Appends one crossing.
+
+        Args:
+            sender, recipient: parties.
+            kind: of the artefact.
+            bytes, digest: of the artefact; 0 and nothing where it could not even be read.
+            decision: ``sent`` by the party that sends, or by the coordinator between two; ``received`` by
+                one that received it as a folder; ``refused`` by either.
+            reason: why one was refused.
 
         Raises:
             ResourcesMissing: the line cannot be written; what it is about must not cross then.

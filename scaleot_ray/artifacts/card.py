@@ -1,33 +1,43 @@
-"""The card of an artefact: a short README that says what it is, where it comes from and what it reveals."""
+"""The card of an artefact: a short README that says what it is, where it comes from and what it reveals.
+
+A card follows from the manifest alone, to the byte: whoever receives an artefact can tell that its card
+says this and nothing else.
+"""
 
 from __future__ import annotations
 
+from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.inspect import layer_picture, parameters_by_role
 from scaleot_ray.artifacts.manifest import DeltaContent, EmulatorContent, Manifest, MetricsContent
 
+CARD_FILE = "README.md"
+CARD_LIMIT = 64 << 10
 
-def model_card(manifest: Manifest, source: str, licence: str) -> str:
-    """Markdown text of an artefact's card; it is stored as ``README.md``.
+_SHOWN_METRICS = 40
+_CUT = "\n\n[…] cut here: the rest is in the manifest.\n"
 
-    Args:
-        manifest: of the artefact without its card.
-        source: the base model, as the user named it.
-        licence: the base model's licence notice.
-    """
+
+def with_card(artifact: Artifact) -> Artifact:
+    """The artefact with its card, ``README.md``, in place of an earlier one."""
+    return artifact.with_files({CARD_FILE: model_card(artifact.manifest).encode()})
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown text of an artefact's card, at most ``CARD_LIMIT`` bytes; the files of ``manifest`` do not matter."""
     content = manifest.content
     if isinstance(content, EmulatorContent):
         title, parts = "Emulator", _emulator(manifest, content)
     elif isinstance(content, DeltaContent):
         title, parts = "Delta", _delta(manifest, content)
     else:
-        title, parts = "Metrics", _metrics(content)
-    source = " ".join(source.replace("`", "'").split())
-    notice = "\n".join(f"> {line}".rstrip() for line in licence.strip().splitlines() or ["not stated"])
+        title, parts = "Metrics", _metrics(manifest, content)
+    name = f"`{manifest.base_model}`" if manifest.base_model is not None else "a model that is not named"
+    notice = "\n".join(f"> {line}".rstrip() for line in (manifest.licence or "not stated").strip().splitlines())
     base = (
-        f"Base model: `{source}` (family {manifest.family or 'not stated'}).\n"
+        f"Base model: {name} (family {manifest.family or 'not stated'}).\n"
         f"Its licence notice, which also applies to what is made from it:\n\n{notice}"
     )
-    return "\n\n".join([f"# {title} for `{source}`", base, *parts]) + "\n"
+    return _short("\n\n".join([f"# {title} for {name}", base, *parts]) + "\n")
 
 
 def _emulator(manifest: Manifest, content: EmulatorContent) -> list[str]:
@@ -109,8 +119,27 @@ def _delta(manifest: Manifest, content: DeltaContent) -> list[str]:
     ]
 
 
-def _metrics(content: MetricsContent) -> list[str]:
-    return ["## What it reveals", f"{len(content.values)} numbers: {', '.join(content.values)}."]
+def _metrics(manifest: Manifest, content: MetricsContent) -> list[str]:
+    names = list(content.values)
+    more = f" and {len(names) - _SHOWN_METRICS} more" if len(names) > _SHOWN_METRICS else ""
+    source = f" on emulator `{manifest.parent_digest}`" if manifest.parent_digest else ""
+    shown = ", ".join(names[:_SHOWN_METRICS]) or "none"
+    return [
+        "## How it was made",
+        f"Measured by the data owner on test rows of its own{source}.",
+        "## What it reveals",
+        f"{len(names)} numbers about these rows, and nothing else: {shown}{more}.",
+        "## What it is for",
+        "It tells the model owner how well the tuning went.",
+    ]
+
+
+def _short(text: str) -> str:
+    """``text`` as it is, or as much of it as a card may have."""
+    data = text.encode()
+    if len(data) <= CARD_LIMIT:
+        return text
+    return data[: CARD_LIMIT - len(_CUT.encode())].decode(errors="ignore") + _CUT
 
 
 def _numbers(values: tuple[int, ...] | list[int]) -> str:

@@ -7,20 +7,22 @@ see :mod:`~scaleot_ray.artifacts.emulator_gate` and :mod:`~scaleot_ray.artifacts
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
+from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.card import CARD_FILE, CARD_LIMIT, model_card
 from scaleot_ray.artifacts.delta_gate import check_delta
 from scaleot_ray.artifacts.emulator_gate import check_emulator
 from scaleot_ray.artifacts.manifest import Manifest, MetricsContent
 from scaleot_ray.artifacts.manifest_json import parse_manifest, render_manifest
 from scaleot_ray.errors import ArtifactRefused
 
-CARD_FILE = "README.md"
-CARD_LIMIT = 64 << 10
 METRICS_LIMIT = 1000
 
 # A tokenizer's files and licence texts: JSON and text, nothing that a loader would execute or unpickle.
 _EMULATOR_FILE = re.compile(r"([\w.+-]+/)*([\w.+-]+\.(json|txt|md|jinja|model)|LICEN[CS]E|NOTICE)")
+_LEAVE_OUT = "Leave it out; send metrics as scaleot_ray wrote them."
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_./ -]{1,100}")
 
 
@@ -29,13 +31,15 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, max_by
 
     Args:
         artifact: what is to cross, in either direction.
-        parent: the emulator's manifest; a delta is checked against it.
+        parent: the emulator's manifest; deltas and metrics are checked against it. Metrics pass without
+            one only if they name no model, licence or parent.
         max_bytes: refuse more than this.
 
     Raises:
         ArtifactRefused: it is of no known kind, larger than ``max_bytes``, not what its manifest says,
-            holds files its kind does not have, an emulator that hides nothing, a delta of another
-            parent or with tensors that its method does not have, or metrics that are no plain numbers.
+            holds files its kind does not have or a card of its own wording, an emulator that hides
+            nothing, a delta of another parent or with tensors that its method does not have, or metrics
+            that are no plain numbers.
     """
     # Read back as the receiver will: a manifest put together in memory may have skipped its own checks.
     manifest = parse_manifest(render_manifest(artifact.manifest))
@@ -50,7 +54,10 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, max_by
     elif manifest.kind == "delta":
         check_delta(manifest, parent)
     else:
-        _check_metrics(manifest)
+        _check_metrics(manifest, parent)
+    if manifest.kind != "emulator":
+        _check_base(manifest, parent)
+        _check_card(manifest, artifact.files)
     artifact.verify()
 
 
@@ -70,8 +77,36 @@ def _check_files(manifest: Manifest) -> None:
             )
 
 
-def _check_metrics(manifest: Manifest) -> None:
+def _check_base(manifest: Manifest, parent: Manifest | None) -> None:
+    """What a data owner sends names the base model and licence as the emulator did: they are no place for its words."""
+    for field in ("base_model", "licence"):
+        if getattr(manifest, field) != (getattr(parent, field) if parent is not None else None):
+            raise ArtifactRefused(
+                f"{field} of the {manifest.kind} is not what its emulator says.",
+                "Send what scaleot_ray wrote when it tuned on this emulator.",
+            )
+
+
+def _check_card(manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    # The card of what a data owner sends must be the one that follows from the manifest, else private
+    # text could leave in it. It is compared, not written anew on receipt: the card is on the manifest, so
+    # replacing it would change the digest, and the two parties' audit logs would name different artefacts.
+    if CARD_FILE in files and files[CARD_FILE] != model_card(manifest).encode():
+        raise ArtifactRefused(
+            f"file {CARD_FILE!r} says something else than the card of this {manifest.kind}.",
+            f"It was written by scaleot_ray {manifest.library_version}, this is {__version__}: where they differ, use "
+            "the same on both sides; else do not use the artefact.",
+        )
+
+
+def _check_metrics(manifest: Manifest, parent: Manifest | None) -> None:
     assert isinstance(manifest.content, MetricsContent)  # Manifest ties content to kind
+    # Fields that other kinds need; here they could only carry something else.
+    expected = (parent.digest(), parent.family) if parent is not None else (None, None)
+    if manifest.parent_digest not in (None, expected[0]):
+        raise ArtifactRefused("the metrics belong to another emulator.", "Send what was measured on this emulator.")
+    if manifest.family not in (None, expected[1]) or manifest.model_config_json is not None:
+        raise ArtifactRefused("metrics carry no model config, and no other family than their emulator's.", _LEAVE_OUT)
     if manifest.tensors:
         raise ArtifactRefused(
             f"tensor {min(manifest.tensors)!r}: metrics carry no tensors.", "Send tensors as a delta, or not at all."

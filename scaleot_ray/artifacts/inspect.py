@@ -24,10 +24,10 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     """An artefact as values that JSON takes.
 
     For every kind: ``kind``, ``digest``, ``parent_digest``, ``schema_version``, ``library_version``,
-    ``created``, ``family``, ``model_type``, ``dtype``, ``bytes``, ``tensors`` (their number),
-    ``parameters`` and ``files`` (name to bytes). For an emulator also its triplet and what it reveals,
-    with ``parameters_by_role``; for a delta ``method``, ``positions``, ``settings``; for metrics
-    ``values``.
+    ``created``, ``base_model``, ``licence``, ``family``, ``model_type``, ``dtype``, ``bytes``,
+    ``tensors`` (their number), ``parameters`` and ``files`` (name to bytes). For an emulator also its
+    triplet and what it reveals, with ``parameters_by_role``; for a delta ``method``, ``positions``,
+    ``settings``; for metrics ``values``.
 
     Raises:
         ArtifactRefused: an emulator of a family that this library does not know.
@@ -39,6 +39,8 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "schema_version": manifest.schema_version,
         "library_version": manifest.library_version,
         "created": manifest.created,
+        "base_model": manifest.base_model,
+        "licence": manifest.licence,
         "family": manifest.family,
         "model_type": (manifest.model_config_json or {}).get("model_type"),
         "dtype": manifest.dtype,

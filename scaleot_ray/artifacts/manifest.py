@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from scaleot_ray.artifacts.provenance import check_licence, check_model_name
 from scaleot_ray.artifacts.raw_bytes import DTYPES
 from scaleot_ray.errors import ArtifactRefused
 
@@ -198,6 +199,8 @@ class Manifest(_Checked):
             the emulator from the artefact alone.
         dtype: type of most of its parameters.
         parent_digest: digest of the artefact it was made from (a delta's emulator).
+        base_model, licence: name of the base model and its licence notice, see
+            :mod:`~scaleot_ray.artifacts.provenance`; None where they are not known.
     """
 
     schema_version: Literal[1]
@@ -211,6 +214,8 @@ class Manifest(_Checked):
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
     parent_digest: Digest | None = None
+    base_model: str | None = None
+    licence: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -224,6 +229,20 @@ class Manifest(_Checked):
         # Integer keys (id2label) and tuples become what JSON makes of them, else the digest of a
         # manifest would differ from that of its own file.
         return None if value is None else json.loads(json.dumps(value, allow_nan=False))
+
+    @field_validator("base_model")
+    @classmethod
+    def _short_name(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_model_name(value)
+        return value
+
+    @field_validator("licence")
+    @classmethod
+    def _short_notice(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_licence(value)
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -258,7 +277,9 @@ class Manifest(_Checked):
 
     def digest(self) -> str:
         """SHA-256 (hex) of the manifest as canonical JSON without ``created``; names the artefact."""
-        values = self.model_dump(mode="json", exclude={"created"})
+        # Fields that came later count only where they are set: older artefacts keep their digests.
+        later = {name for name in ("base_model", "licence") if getattr(self, name) is None}
+        values = self.model_dump(mode="json", exclude={"created", *later})
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

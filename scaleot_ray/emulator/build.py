@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from scaleot_ray.artifacts import Artifact
-from scaleot_ray.artifacts.card import model_card
+from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
+from scaleot_ray.artifacts.provenance import licence_files, licence_notice, model_name
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.emulator.assemble import assemble_tensors
@@ -106,12 +107,13 @@ def build_emulator(
         "emulator",
         content,
         tensors,
-        files=tokenizer_files(base.tokenizer),
+        files={**tokenizer_files(base.tokenizer), **licence_files(base.licence)},
         family=base.family.name,
         model_config=base.model.config.to_dict(),
+        base_model=model_name(base.name),
+        licence=licence_notice(base.licence),
     )
-    card = model_card(artifact.manifest, base.name, base.licence)
-    return artifact.with_files({"README.md": card.encode()})
+    return with_card(artifact)
 
 
 def choose_layers(layers: int, stage_one: StageOne | None, settings: EmulatorSettings) -> list[LayerRole]:

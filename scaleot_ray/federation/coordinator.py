@@ -11,9 +11,8 @@ from pathlib import Path
 
 import ray
 
-from scaleot_ray.artifacts.artifact import Artifact
-from scaleot_ray.artifacts.audit import AuditLog
-from scaleot_ray.artifacts.gate import check_crossing
+from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner, evaluator
+from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.manifest import Manifest, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.emulator.assemble import emulator_content
@@ -22,18 +21,9 @@ from scaleot_ray.federation.object_store import Shared, check_unchanged, from_sh
 from scaleot_ray.federation.role import Role
 from scaleot_ray.progress import Progress
 
-MODEL_OWNER = "model owner"
 COORDINATOR = "coordinator"
-
-
-def data_owner(tenant: str) -> str:
-    """Name of a data owner in messages and in the audit log."""
-    return f"data owner {tenant}"
-
-
-def evaluator(tenant: str) -> str:
-    """Name of the evaluator of one tenant's rows."""
-    return f"evaluator {tenant}"
+DRIVER = "driver"
+"""The process that runs the phases and writes the report."""
 
 
 @dataclass
@@ -79,7 +69,7 @@ class Coordinator(Role):
         """
         artifact = read_artifact(directory, expected_kind="emulator", verify=False)  # the gate verifies
         for tenant in tenants:
-            self._check(artifact, MODEL_OWNER, data_owner(tenant), None)
+            cross(artifact, MODEL_OWNER, data_owner(tenant), self._audit)
         shared = to_shared(artifact)
         self._manifest, self._emulator = artifact.manifest, ray.put(shared)
         return [self._emulator], shared["manifest"]
@@ -112,7 +102,7 @@ class Coordinator(Role):
                     f"{data_owner(tenant)} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
                     "Send what `tune` wrote.",
                 )
-            self._check(artifact, data_owner(tenant), MODEL_OWNER, self._manifest)
+            cross(artifact, data_owner(tenant), MODEL_OWNER, self._audit, parent=self._manifest)
             if isinstance(artifact.manifest.content, MetricsContent):
                 entry.metrics = dict(artifact.manifest.content.values)
             else:
@@ -123,7 +113,7 @@ class Coordinator(Role):
     def delta(self, tenant: str) -> Shared:
         """A tenant's delta for its evaluator; recorded as a crossing of its own."""
         shared = self._deltas[tenant]
-        self._check(from_shared(shared), MODEL_OWNER, evaluator(tenant), self._manifest)
+        cross(from_shared(shared), MODEL_OWNER, evaluator(tenant), self._audit, parent=self._manifest)
         return shared
 
     def finish(self) -> None:
@@ -145,14 +135,3 @@ class Coordinator(Role):
         """The reports since the last call, the latest of each stage."""
         latest, self._reports = self._reports, {}
         return list(latest.values())
-
-    def _check(self, artifact: Artifact, sender: str, recipient: str, parent: Manifest | None) -> None:
-        digest, size = artifact.digest, artifact.nbytes
-        try:
-            check_crossing(artifact, parent=parent)
-        except ArtifactRefused as error:
-            self._audit.record(
-                sender, recipient, artifact.manifest.kind, size, digest, decision="refused", reason=error.problem
-            )
-            raise
-        self._audit.record(sender, recipient, artifact.manifest.kind, size, digest)

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from scaleot_ray import __version__
-from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog
+from scaleot_ray.artifacts.crossing import cross
+from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
+from scaleot_ray.artifacts.provenance import licence_notice, model_name
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator
@@ -55,6 +59,7 @@ def build(
     cache: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    audit: AuditLog | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildResult:
     """Builds an emulator, with stage 1 first unless its result is known already.
@@ -69,6 +74,9 @@ def build(
             goes on from its checkpoint there. None keeps nothing.
         resume: if ``output`` holds the very emulator that would be built, take it as it is.
         overwrite: replace another artefact in ``output``.
+        audit: log of what leaves as a folder: the emulator then passes the gate before it is written, but
+            for one that ``allow_unprotected`` let pass, which is written and must not be sent. None where
+            something else takes it through the gate (a run's coordinator).
         on_progress: hears of the stages ``calibrate``, ``layer damage``, ``stage 1``,
             ``measure full model``, ``compress`` and ``measure emulator``.
 
@@ -77,6 +85,7 @@ def build(
         DataError: the public text cannot be read or is too short.
         RunFailed: a loss is not finite.
         ResourcesMissing: memory or disk do not suffice.
+        ArtifactRefused: with ``audit``: the emulator is not what may leave; it is not written.
     """
     seconds: dict[str, float] = {}
     if output.exists() and not (resume or overwrite):
@@ -88,10 +97,11 @@ def build(
         folder = cache / key[:16] if cache is not None else None
     record = None
     if folder is not None:
-        which = identity(emulator=emulator, source=base.source, licence=base.licence)
+        which = identity(emulator=emulator, base_model=model_name(base.name), licence=licence_notice(base.licence))
         record = folder / f"emulator-{which[:16]}.json"
         if resume and (found := _finished(output, record)) is not None:
-            return BuildResult(output, found[0], True, seconds | {"stage_one": 0.0, "emulator": 0.0}, found[1])
+            _leave(found[0], audit)
+            return BuildResult(output, found[0].manifest, True, seconds | {"stage_one": 0.0, "emulator": 0.0}, found[1])
     if output.exists() and not overwrite:
         raise ConfigError(f"output: {output} holds something else already.", "Give another folder, or --overwrite.")
     text = read_public_text(public, base, stage_one)
@@ -107,6 +117,7 @@ def build(
         else:
             chosen = build_for_privacy(base, result, emulator, facts, text.held_out, on_progress)
             artifact, reached = chosen.artifact, chosen.as_json()
+        _leave(artifact, audit)
         write_artifact(artifact, output, overwrite=overwrite)
         if record is not None:
             write_record(record, {"digest": artifact.digest, "privacy": reached})
@@ -138,16 +149,23 @@ def _full_loss(base: BaseModel, text: PublicText, folder: Path | None, on_progre
     return loss
 
 
-def _finished(output: Path, record: Path) -> tuple[Manifest, dict[str, Any] | None] | None:
+def _leave(artifact: Artifact, audit: AuditLog | None) -> None:
+    content = artifact.manifest.content
+    assert isinstance(content, EmulatorContent)
+    if audit is not None and content.protected:
+        cross(artifact, MODEL_OWNER, DATA_OWNERS, audit)
+
+
+def _finished(output: Path, record: Path) -> tuple[Artifact, dict[str, Any] | None] | None:
     """The emulator in ``output`` if it is, undamaged, the one that ``record`` names."""
     known = read_record(record)
     if not known or not output.exists():
         return None
     try:
-        manifest = read_artifact(output, expected_kind="emulator").manifest
+        artifact = read_artifact(output, expected_kind="emulator")
     except ArtifactRefused:
         return None  # damaged since; it is built again from stage 1's result
-    return (manifest, known.get("privacy")) if manifest.digest() == known.get("digest") else None
+    return (artifact, known.get("privacy")) if artifact.digest == known.get("digest") else None
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
+from scaleot_ray.artifacts.card import with_card
+from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.manifest import EmulatorContent, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
@@ -58,6 +61,7 @@ def tune_emulator(
     evaluate_examples: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    audit: AuditLog | None = None,
     on_progress: OnProgress | None = None,
 ) -> TuneResult:
     """Tunes the plug-in layers of an emulator; the artefact and the package are all it needs.
@@ -78,6 +82,8 @@ def tune_emulator(
         overwrite: replace another result in ``output``.
         resume: take a finished result of the same emulator, rows and settings as it is, and go on from a
             checkpoint of them; False starts afresh.
+        audit: log of what leaves as a folder: delta and metrics then pass the gate before they are written.
+            None where something else takes them through it (a run's coordinator).
         on_progress: hears of ``tune NAME``, ``emulator zero shot NAME`` and ``emulator tuned NAME``.
 
     Raises:
@@ -85,6 +91,7 @@ def tune_emulator(
         DataError: rows cannot be read, or are not what the settings say.
         RunFailed: a loss is not finite.
         ResourcesMissing: memory or disk do not suffice.
+        ArtifactRefused: with ``audit``: delta or metrics are not what may leave; they are not written.
     """
     start = time.monotonic()
     key = identity(
@@ -95,6 +102,8 @@ def tune_emulator(
         evaluate_examples=evaluate_examples,
     )
     if resume and (finished := _finished(output, key)) is not None:
+        if audit is not None:
+            _leave([finished.delta, read_artifact(output / "metrics")], name, emulator, audit)
         return finished
     if not overwrite and any((output / part).exists() for part in ("delta", "metrics")):
         raise ConfigError(
@@ -118,7 +127,9 @@ def tune_emulator(
         with plug(model, family, delta):
             values |= numbers(rows.score(model, f"emulator tuned {name}", on_progress), "emulator_tuned")
     artifact = delta.to_artifact(emulator.manifest)
-    metrics = Artifact.create("metrics", MetricsContent(values=values), {}, parent_digest=emulator.digest)
+    metrics = with_card(Artifact.made_from(emulator.manifest, "metrics", MetricsContent(values=values)))
+    if audit is not None:
+        _leave([artifact, metrics], name, emulator, audit)
     (output / RECORD).unlink(missing_ok=True)
     write_artifact(artifact, output / "delta", overwrite=overwrite)
     write_artifact(metrics, output / "metrics", overwrite=overwrite)
@@ -167,6 +178,11 @@ def tune_layers(
         on_progress=on_progress,
         stage=stage,
     ).delta
+
+
+def _leave(artifacts: list[Artifact], name: str, emulator: Artifact, audit: AuditLog) -> None:
+    for artifact in artifacts:
+        cross(artifact, data_owner(name), MODEL_OWNER, audit, parent=emulator.manifest)
 
 
 def _finished(output: Path, key: str) -> TuneResult | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
 from scaleot_ray.errors import ArtifactRefused
 
@@ -45,10 +46,10 @@ class Delta:
         return not any(tensor.any() for name, tensor in self.tensors.items() if name.endswith(second))
 
     def to_artifact(self, parent: Manifest) -> Artifact:
-        """The delta as what crosses, tied to the emulator ``parent`` it was tuned on."""
+        """The delta as what crosses, tied to the emulator ``parent`` it was tuned on, with its card."""
         content = DeltaContent(method=self.method, positions=list(self.positions), settings=dict(self.settings))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        return Artifact.create("delta", content, tensors, family=parent.family, parent_digest=parent.digest())
+        return with_card(Artifact.made_from(parent, "delta", content, tensors))
 
 
 def from_artifact(artifact: Artifact) -> Delta:

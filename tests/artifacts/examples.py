@@ -89,6 +89,8 @@ def emulator(name: str = "llama", layer_map: Sequence[str] = MAP, beta: float = 
         {"tokenizer.json": b"{}"},
         family.name,
         full.config.to_dict(),
+        base_model="some/model",
+        licence="Apache-2.0\nCopyright Somebody",
     )
 
 
@@ -127,12 +129,15 @@ def delta(parent: Manifest, method: str = "layers", **changes: Any) -> Artifact:
         {**tensors, **changes.get("tensors", {})},
         family=changes.get("family", parent.family),
         parent_digest=changes.get("parent_digest", parent.digest()),
+        base_model=parent.base_model,
+        licence=parent.licence,
     )
 
 
-def metrics(values: Mapping[str, float] | None = None) -> Artifact:
-    """Two numbers."""
-    return Artifact.create("metrics", MetricsContent(values=dict(values or {"loss": 2.5, "rows": 10})), {})
+def metrics(values: Mapping[str, float] | None = None, parent: Manifest | None = None) -> Artifact:
+    """Two numbers, measured on the emulator ``parent`` where there is one."""
+    content = MetricsContent(values=dict(values or {"loss": 2.5, "rows": 10}))
+    return Artifact.create("metrics", content, {}) if parent is None else Artifact.made_from(parent, "metrics", content)
 
 
 def rewrite_manifest(directory: Path, manifest: Manifest) -> None:

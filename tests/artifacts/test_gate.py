@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from scaleot_ray.artifacts import Artifact, DeltaContent, MetricsContent, check_crossing
+from scaleot_ray.artifacts.card import with_card
+from scaleot_ray.artifacts.provenance import LICENCE_LIMIT, NAME_LIMIT
 from scaleot_ray.errors import ArtifactRefused
 from tests.artifacts.examples import MAP, delta, emulator, metrics
 
@@ -19,7 +21,8 @@ def _with(artifact: Artifact, tensors=None, without=(), **manifest) -> Artifact:
     """The artefact with tensors added or taken away and manifest fields changed, digests all right."""
     old = artifact.manifest
     kept = {name: tensor for name, tensor in artifact.tensors.items() if name not in without}
-    fields = {"content": old.content, "family": old.family, "model_config_json": old.model_config_json, **manifest}
+    kept_fields = ("content", "family", "model_config_json", "base_model", "licence")
+    fields = {**{name: getattr(old, name) for name in kept_fields}, **manifest}
     return Artifact.create(
         old.kind,
         fields["content"],
@@ -28,6 +31,8 @@ def _with(artifact: Artifact, tensors=None, without=(), **manifest) -> Artifact:
         fields["family"],
         fields["model_config_json"],
         fields.get("parent_digest", old.parent_digest),
+        fields["base_model"],
+        fields["licence"],
     )
 
 
@@ -214,8 +219,7 @@ def test_settings_are_those_of_the_method(method, settings, message):
     parent = emulator().manifest
     tensors = delta(parent, method if method in METHODS else "layers").tensors
     content = DeltaContent(method=method, positions=[0, 7], settings=settings)
-    artifact = Artifact.create("delta", content, tensors, family="llama", parent_digest=parent.digest())
-    _refused(artifact, message, parent=parent)
+    _refused(Artifact.made_from(parent, "delta", content, tensors), message, parent=parent)
 
 
 def test_delta_that_names_another_family_is_refused():
@@ -223,13 +227,68 @@ def test_delta_that_names_another_family_is_refused():
     _refused(delta(parent, family="gpt2"), "another model family", parent=parent)
 
 
-@pytest.mark.parametrize("make", [lambda: delta(emulator().manifest), metrics])
+@pytest.mark.parametrize("make", [delta, lambda parent: metrics(parent=parent)])
 def test_files_in_a_delta_or_metrics_are_refused(make):
-    artifact = make()
     parent = emulator().manifest
-    check_crossing(artifact.with_files({"README.md": b"card"}), parent=parent)
+    artifact = make(parent)
     _refused(artifact.with_files({"rows.jsonl": b"private"}), r"'rows\.jsonl' does not belong", parent=parent)
     _refused(artifact.with_files({"README.md": b"x" * 100_000}), "100000 bytes; a card", parent=parent)
+
+
+# Cards, base model, licence.
+
+
+@pytest.mark.parametrize("make", [delta, lambda parent: metrics(parent=parent)])
+def test_the_card_of_what_a_data_owner_sends_is_the_one_that_follows_from_its_manifest(make):
+    parent = emulator().manifest
+    artifact = with_card(make(parent))
+    check_crossing(artifact, parent=parent)
+    card = artifact.files["README.md"]
+    for other in (b"", card + b"Row 17: Alice.\n", card.replace(b"Apache", b"MIT"), card.replace(b"some/", b"any/")):
+        _refused(artifact.with_files({"README.md": other}), "'README.md' says something else", parent=parent)
+
+
+LONG, ODD = "x" * (LICENCE_LIMIT + 1), "\u202eMIT"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("licence", LONG, f"licence has {LICENCE_LIMIT + 1} bytes"),
+        ("licence", "é" * (LICENCE_LIMIT // 2 + 1), f"licence has {LICENCE_LIMIT + 2} bytes"),
+        ("licence", "", "licence has 0 bytes"),
+        ("licence", ODD, "licence has the character '.u202e'"),
+        ("licence", "\x1b[2J", "licence has the character '.x1b'"),
+        ("base_model", "x" * (NAME_LIMIT + 1), "base_model has 129 characters"),
+        ("base_model", "", "base_model has 0 characters"),
+        ("base_model", "/home/alice/model", "base_model is '/home/alice/model': a path"),
+        ("base_model", "../model", "a path"),
+        ("base_model", "home/alice/model", "a path"),
+        ("base_model", "C:\\models", "base_model has the character ':'"),
+        ("base_model", "m`\n# Heading", "base_model has the character '`'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["emulator", "delta", "metrics"])
+def test_overlong_and_odd_notices_are_refused_by_name(kind, field, value, message):
+    parent = emulator().manifest
+    artifact = {"emulator": emulator, "delta": lambda: delta(parent), "metrics": lambda: metrics(parent=parent)}[kind]()
+    artifact.manifest = artifact.manifest.model_copy(update={field: value})
+    _refused(artifact, message, parent=parent)
+
+
+@pytest.mark.parametrize("field", ["base_model", "licence"])
+@pytest.mark.parametrize("value", ["Alice lives at 12 Main Street", None])
+def test_base_model_and_licence_of_what_a_data_owner_sends_are_the_emulators(field, value):
+    parent = emulator().manifest
+    for artifact in (delta(parent), metrics(parent=parent)):
+        _refused(_with(artifact, **{field: value}), f"{field} of the .* is not what its emulator says", parent=parent)
+    _refused(metrics(parent=parent), "belong to another emulator")
+
+
+def test_artefacts_of_an_emulator_without_base_model_pass():
+    parent = _with(emulator(), base_model=None, licence=None).manifest
+    for artifact in (delta(parent), metrics(parent=parent)):
+        check_crossing(with_card(artifact), parent=parent)
 
 
 # Metrics, size, kind.
@@ -237,6 +296,17 @@ def test_files_in_a_delta_or_metrics_are_refused(make):
 
 def test_metrics_pass():
     check_crossing(metrics())
+    parent = emulator().manifest
+    check_crossing(metrics(parent=parent), parent=parent)
+
+
+def test_metrics_that_carry_something_in_fields_of_other_kinds_are_refused():
+    parent = emulator().manifest
+    good = metrics(parent=parent)
+    _refused(_with(good, parent_digest="0" * 64), "belong to another emulator", parent=parent)
+    _refused(_with(good, family="Alice"), "metrics carry no model config", parent=parent)
+    _refused(_with(good, model_config_json={"rows": ["Alice"]}), "metrics carry no model config", parent=parent)
+    _refused(_with(metrics(), parent_digest="0" * 64), "belong to another emulator")
 
 
 def test_metrics_that_carry_more_than_numbers_are_refused():

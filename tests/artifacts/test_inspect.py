@@ -3,6 +3,8 @@ import json
 import pytest
 
 from scaleot_ray.artifacts import check_crossing, describe, layer_picture, model_card
+from scaleot_ray.artifacts.card import CARD_LIMIT, with_card
+from scaleot_ray.artifacts.provenance import LICENCE_LIMIT
 from tests.artifacts.examples import MAP, delta, emulator, metrics
 
 
@@ -60,7 +62,7 @@ def test_picture_of_a_small_emulator():
 
 def test_card_of_an_emulator_is_honest():
     artifact = emulator(beta=0.8)
-    card = model_card(artifact.manifest, "some/model", "Apache-2.0\nCopyright Somebody")
+    card = model_card(artifact.manifest)
     assert card.startswith("# Emulator for `some/model`\n")
     assert "> Apache-2.0\n> Copyright Somebody" in card
     assert "(2, 0.5, 0.8)" in card
@@ -71,31 +73,96 @@ def test_card_of_an_emulator_is_honest():
     assert "Embeddings, output head and final norm leave verbatim" in card
     assert "Plug-in layers leave verbatim: 0, 7" in card
     assert "Kept layers 1, 3, 6: attention weights are cut in rank by β = 0.8" in card
-    assert "Kept layers leave verbatim: 1, 3, 6" in model_card(emulator().manifest, "m", "l")
+    assert "Kept layers leave verbatim: 1, 3, 6" in model_card(emulator().manifest)
     assert layer_picture(MAP) in card
     assert "hides nothing" not in card
-    check_crossing(artifact.with_files({"README.md": card.encode()}))
+    check_crossing(with_card(artifact))
+    assert with_card(artifact).files["README.md"] == card.encode()
+    # The card does not count the card: the receiver, who has both, finds the same.
+    assert model_card(with_card(artifact).manifest) == card
 
 
 def test_card_says_when_an_emulator_hides_nothing():
     bare = emulator(layer_map=["plug_in", *["kept"] * 6, "plug_in"], full_loss=None, protected=False)
-    card = model_card(bare.manifest, "m", "")
+    card = model_card(bare.manifest.model_copy(update={"base_model": None, "licence": None}))
     assert "It hides nothing" in card
     assert "Kept layers leave verbatim: 1-6" in card
     assert "not measured" in card
+    assert "# Emulator for a model that is not named\n" in card
     assert "> not stated" in card
+
+
+# The gate of another version compares cards: a change of their wording is a change of the format.
+DELTA_CARD = """\
+# Delta for `some/model`
+
+Base model: `some/model` (family llama).
+Its licence notice, which also applies to what is made from it:
+
+> Apache-2.0
+> Copyright Somebody
+
+## How it was made
+
+Plug-in layers 0, 7 tuned by the method `bottleneck` (width 5, activation gelu) on emulator `{digest}`.
+
+## What it reveals
+
+{parameters} numbers that tuning on private data changed, and nothing else. Such numbers can still tell something \
+about the data they were tuned on; this artefact claims no differential privacy.
+
+## What it is for
+
+It goes into the full model whose emulator it was tuned on, and into no other.
+"""
+METRICS_CARD = """\
+# Metrics for `some/model`
+
+Base model: `some/model` (family llama).
+Its licence notice, which also applies to what is made from it:
+
+> Apache-2.0
+> Copyright Somebody
+
+## How it was made
+
+Measured by the data owner on test rows of its own on emulator `{digest}`.
+
+## What it reveals
+
+2 numbers about these rows, and nothing else: loss, rows.
+
+## What it is for
+
+It tells the model owner how well the tuning went.
+"""
 
 
 def test_card_of_a_delta_and_of_metrics():
     parent = emulator().manifest
-    card = model_card(delta(parent, "bottleneck").manifest, "m", "MIT")
-    assert parent.digest() in card
-    assert "`bottleneck` (width 5, activation gelu)" in card
-    assert "tell something about the data" in card
-    assert "2 numbers: loss, rows" in model_card(metrics().manifest, "m", "MIT")
+    artifact = delta(parent, "bottleneck")
+    parameters = sum(tensor.numel() for tensor in artifact.tensors.values())
+    assert model_card(artifact.manifest) == DELTA_CARD.format(digest=parent.digest(), parameters=parameters)
+    assert model_card(metrics(parent=parent).manifest) == METRICS_CARD.format(digest=parent.digest())
 
 
-def test_source_cannot_add_markup_to_the_card():
-    card = model_card(metrics().manifest, "m`\n# Fake heading", "MIT")
-    assert card.splitlines()[0] == "# Metrics for `m' # Fake heading`"
-    assert "\n# Fake" not in card
+@pytest.mark.parametrize("letter", ["x", "\n", "é\n", "€", "𝕏\n"])
+def test_no_card_is_longer_than_a_card_may_be(letter):
+    licence = ("x" + letter * LICENCE_LIMIT).encode()[: LICENCE_LIMIT - 1].decode(errors="ignore") + "y"
+    parent = emulator().manifest.model_copy(update={"licence": licence})
+    many = {f"{index:03d} {'n' * 96}": 1.0 for index in range(1000)}
+    for manifest in (parent, delta(parent).manifest, metrics(many, parent).manifest):
+        assert len(model_card(manifest).encode()) <= CARD_LIMIT
+    assert "and 960 more" in model_card(metrics(many, parent).manifest)
+    # Nor one of a model with more layers than any has.
+    layers = 200_000
+    content = parent.content.model_copy(update={"layer_map": ["kept", "dropped"] * layers})
+    card = model_card(parent.model_copy(update={"content": content}))
+    assert len(card.encode()) <= CARD_LIMIT
+    assert card.endswith("[…] cut here: the rest is in the manifest.\n")
+
+
+def test_licence_cannot_leave_its_quotation():
+    manifest = metrics(parent=emulator().manifest).manifest
+    card = model_card(manifest.model_copy(update={"licence": "MIT\n# Fake heading\u2028# Fake\n\nend"}))
+    assert "> MIT\n> # Fake heading\n> # Fake\n>\n> end\n" in card

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from scaleot_ray.artifacts import Artifact, DeltaContent, EmulatorContent, Metri
 from scaleot_ray.artifacts.manifest import check_file_name
 from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest, render_manifest
 from scaleot_ray.errors import ArtifactRefused
-from tests.artifacts.examples import emulator, metrics, small
+from tests.artifacts.examples import delta, emulator, metrics, small
 
 
 def _edited(artifact, *path, value):
@@ -34,6 +35,19 @@ def test_digest_names_the_content_and_not_the_time():
     other = first.model_copy(update={"parent_digest": "1" * 64})
     assert later.digest() == first.digest() == small().digest
     assert other.digest() != first.digest()
+
+
+def test_manifests_from_before_base_model_and_licence_are_read_and_keep_their_digests():
+    manifest = delta(emulator().manifest.model_copy(update={"base_model": None, "licence": None})).manifest
+    values = json.loads(render_manifest(manifest))
+    assert (values.pop("base_model"), values.pop("licence")) == (None, None)
+    old = parse_manifest(json.dumps(values).encode())
+    assert old == manifest
+    del values["created"]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    assert old.digest() == hashlib.sha256(text.encode()).hexdigest()
+    named = old.model_copy(update={"base_model": "m"})
+    assert named.digest() != old.digest() != old.model_copy(update={"licence": "m"}).digest()
 
 
 def test_config_keys_become_those_of_json():

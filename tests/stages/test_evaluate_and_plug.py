@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.data import HoldOut, open_rows
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
 from scaleot_ray.families.loading import load_base_model
@@ -80,15 +82,30 @@ def test_rows_of_another_delta_are_measured_again(built: Built, delta: Artifact,
     rows, inputs = ("full_zero_shot", "plug_in"), everything(built, delta)
     first = table(built, rows=rows, folder=tmp_path, **inputs)
     tensors = {name: 2 * tensor for name, tensor in delta.tensors.items()}
-    other = Artifact.create(
-        "delta", delta.manifest.content, tensors, family="llama", parent_digest=built.emulator.digest
-    )
+    other = Artifact.made_from(built.emulator.manifest, "delta", delta.manifest.content, tensors)
     heard: set[str] = set()
     second = table(
         built, rows=rows, folder=tmp_path, on_progress=lambda p: heard.add(p.stage), **{**inputs, "delta": other}
     )
     assert heard == {"plug in alice"}
     assert second.value("plug_in") != first.value("plug_in")
+
+
+def test_the_full_model_is_tuned_with_the_same_validation_rows(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    alice, bob = built.settings.tenants
+    settings = built.settings.tune.model_copy(update={"learning_rate": 5e-3, "evaluate_every": 2, "patience": 2})
+    inputs = {**everything(built, delta), "rows": ("full_tuned",), "tune": settings}
+    drawn = table(built, **inputs).value("full_tuned")
+    files = {}
+    hold_out, every = HoldOut(settings.validation_fraction, settings.seed), open_rows(alice.train)
+    for name, part in {"train": hold_out.training(every), "validation": hold_out.validation(every)}.items():
+        files[name] = alice.train.model_copy(update={"path": str(tmp_path / f"{name}.jsonl")})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    assert table(built, **{**inputs, **files}).value("full_tuned") == drawn
+    # Kept rows of other validation rows are not taken for these.
+    kept = table(built, folder=tmp_path / "kept", **inputs, validation=bob.test)
+    other = table(built, folder=tmp_path / "kept", **inputs, validation=alice.test)
+    assert kept.value("full_tuned") != other.value("full_tuned")
 
 
 def test_an_unknown_row_is_refused(built: Built) -> None:

@@ -1,0 +1,85 @@
+import pytest
+
+from scaleot_ray.artifacts import AuditLog, check_crossing, write_artifact
+from scaleot_ray.artifacts.audit import data_owner
+from scaleot_ray.artifacts.crossing import cross, receive
+from scaleot_ray.errors import ArtifactRefused, ResourcesMissing
+from tests.artifacts.examples import MAP, delta, emulator, metrics
+
+OPEN = ["plug_in", *["kept"] * 6, "plug_in"]
+
+
+@pytest.fixture
+def audit(tmp_path):
+    return AuditLog(tmp_path / "log" / "audit.jsonl")
+
+
+def _lines(audit):
+    return [tuple(line[key] for key in ("sender", "recipient", "kind", "decision")) for line in audit.read()]
+
+
+def test_what_passes_is_a_line(audit):
+    parent = emulator()
+    cross(parent, "model owner", "data owners", audit)
+    cross(delta(parent.manifest), "data owner a", "model owner", audit, parent=parent.manifest)
+    assert _lines(audit) == [
+        ("model owner", "data owners", "emulator", "sent"),
+        ("data owner a", "model owner", "delta", "sent"),
+    ]
+    line = audit.read()[0]
+    assert (line["digest"], line["bytes"], line["reason"]) == (parent.digest, parent.nbytes, None)
+
+
+def test_what_is_refused_is_a_line_and_an_error(audit):
+    with pytest.raises(ArtifactRefused, match="hides nothing"):
+        cross(emulator(layer_map=OPEN), "model owner", "data owners", audit)
+    (line,) = audit.read()
+    assert line["decision"] == "refused"
+    assert "hides nothing" in line["reason"]
+
+
+def test_a_folder_is_received_through_the_gate(audit, tmp_path):
+    artifact = emulator()
+    write_artifact(artifact, tmp_path / "emulator")
+    found = receive(tmp_path / "emulator", "emulator", "model owner", "data owner", audit)
+    assert found.digest == artifact.digest
+    check_crossing(found)
+    assert _lines(audit) == [("model owner", "data owner", "emulator", "received")]
+
+
+@pytest.mark.parametrize("damage", ["tensor", "file", "open", "kind", "parent"])
+def test_a_folder_that_is_refused_is_a_line(audit, tmp_path, damage):
+    artifact = {"open": emulator(layer_map=OPEN), "kind": metrics(), "parent": delta(emulator().manifest)}.get(
+        damage, emulator()
+    )
+    folder = write_artifact(artifact, tmp_path / "artifact")
+    if damage == "tensor":
+        data = bytearray((folder / "tensors.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "tensors.safetensors").write_bytes(data)
+    elif damage == "file":
+        (folder / "rows.jsonl").write_text("private")
+    kind = "delta" if damage == "parent" else "emulator"
+    parent = emulator(layer_map=MAP, emulator_loss=5.0).manifest if damage == "parent" else None
+    with pytest.raises(ArtifactRefused) as caught:
+        receive(folder, kind, "a", "b", audit, parent=parent)
+    (line,) = audit.read()
+    assert (line["kind"], line["decision"], line["reason"]) == (kind, "refused", caught.value.problem)
+    # Of what could not be read there is nothing to tell.
+    assert (line["digest"] == "") == (damage in ("file", "kind"))
+
+
+def test_a_folder_that_is_not_there_is_no_crossing(audit, tmp_path):
+    with pytest.raises(ArtifactRefused, match="no such directory"):
+        receive(tmp_path / "nowhere", "emulator", "a", "b", audit)
+    assert not audit.path.exists()
+
+
+def test_nothing_crosses_without_its_line(tmp_path):
+    (tmp_path / "log").write_text("a file where a folder must be")
+    with pytest.raises(ResourcesMissing, match="audit log"):
+        cross(emulator(), "a", "b", AuditLog(tmp_path / "log" / "audit.jsonl"))
+
+
+def test_a_data_owner_without_a_name_is_called_so():
+    assert (data_owner("alice"), data_owner("data owner")) == ("data owner alice", "data owner")
