@@ -44,11 +44,13 @@ def calibrate(
     batches: Iterable[Batch],
     steps: int,
     on_progress: OnProgress | None = None,
+    stage: str = "calibrate",
 ) -> Calibration:
     """Runs the model over ``steps`` public batches and watches the layers at ``positions``.
 
     Args:
         batches: ``input_ids`` and ``attention_mask`` (batch, time); padding does not count.
+        stage: name of the work in progress reports.
     """
     layers, watched = family.layers(model), tuple(positions)
     device = next(model.parameters()).device
@@ -74,7 +76,7 @@ def calibrate(
         for projection in family.attention:
             module = layers[index].get_submodule(projection.path)
             handles.append(module.register_forward_pre_hook(watch_projection(index, projection.path)))
-    meter = ProgressMeter("calibrate", steps, on_progress)
+    meter = ProgressMeter(stage, steps, on_progress)
     try:
         with torch.no_grad():
             for _, batch in zip(range(steps), batches, strict=False):

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from scaleot_ray.checkpoints import CheckpointPace
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.emulator.calibration import Calibration, calibrate
@@ -28,7 +29,7 @@ from scaleot_ray.emulator.closed_form import fit_harmonizer
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
 from scaleot_ray.emulator.importance import LayerScores
-from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.emulator.stage_one import StageOne, load_moments
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.families import Family, hidden_size, layer_count
 from scaleot_ray.progress import OnProgress, ProgressMeter
@@ -67,12 +68,14 @@ def train_stage_one(
         batches: public text to train on.
         held_out: batches of other public text; score steps go through them in turn.
         settings: steps, rates, ranks, seed.
-        checkpoint: file that holds the state every ``checkpoint_every`` steps. If it exists, training
-            goes on from there and ends where an uninterrupted run would have ended.
-        on_progress: receives the stages ``calibrate``, ``layer damage`` and ``stage 1``.
+        checkpoint: file that holds the state from before the first step on, renewed every
+            ``checkpoint_every`` steps and every minute. If it exists, training goes on from there and ends
+            where an uninterrupted run would have ended.
+        on_progress: receives the stages ``calibrate``, ``layer damage`` and ``stage 1``; and ``calibrate
+            again`` where the moments of a saved state are damaged.
 
     Raises:
-        RunFailed: the loss became NaN or infinite, or the checkpoint belongs to other settings.
+        RunFailed: the loss became NaN or infinite, or the checkpoint is damaged or belongs to other settings.
     """
     trainer = _Trainer(model, family, batches, held_out, settings, checkpoint, on_progress)
     return trainer.run()
@@ -128,6 +131,8 @@ class _Trainer:
                 return self._result()
         else:
             self._start()
+            self._save(with_moments=True)  # on a large model this was an hour's work already
+        pace = CheckpointPace(self.settings.checkpoint_every)
         meter = ProgressMeter("stage 1", self.settings.steps, self.on_progress, self.step)
         with switchable(self.model, self.family, self.harmonizers) as switchboard:
             stream = self.batches.batches(self.step)
@@ -138,16 +143,14 @@ class _Trainer:
                 meter.advance(tokens=batch["input_ids"].numel(), loss=loss)
                 if self.step % self.settings.score_every == 0:
                     self._score_step(switchboard)
-                if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
-                    self._save()
+                if self.step < self.settings.steps and pace.due(self.step):
+                    pace.write(self._save)
         self._save()
         return self._result()
 
     def _start(self) -> None:
         settings = self.settings
-        steps = max(1, math.ceil(settings.start_tokens / (settings.batch_size * settings.block_size)))
-        public = self.batches.batches(0)
-        self.calibration = calibrate(self.model, self.family, self.positions, public, steps, self.on_progress)
+        self.calibration = self._calibrate("calibrate")
         if settings.start == "closed_form":
             self.fit = {
                 index: fit_harmonizer(self.harmonizers[index], self.calibration.residuals[index], settings.ridge)
@@ -156,6 +159,12 @@ class _Trainer:
         if settings.score_start == "single_layer":
             with switchable(self.model, self.family, self.harmonizers) as switchboard:
                 self.scores.start_from(self._damage(switchboard))
+
+    def _calibrate(self, stage: str) -> Calibration:
+        settings = self.settings
+        steps = max(1, math.ceil(settings.start_tokens / (settings.batch_size * settings.block_size)))
+        public = self.batches.batches(0)
+        return calibrate(self.model, self.family, self.positions, public, steps, self.on_progress, stage)
 
     @torch.no_grad()
     def _damage(self, switchboard: Switchboard) -> list[float]:
@@ -244,17 +253,17 @@ class _Trainer:
             leader=self.calibration.leader,
         )
 
-    def _save(self) -> None:
+    def _save(self, with_moments: bool = False) -> None:
         if self.checkpoint is None:
             return
         extra = {"generator": self.scores.generator.get_state()}
         for position, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 extra[f"optimizer.{position}.{name}"] = torch.as_tensor(value)
-        self._result().save(self.checkpoint, extra)
+        self._result().save(self.checkpoint, extra, with_moments)
 
     def _restore(self, path: Path) -> None:
-        state, extra = StageOne.load(path)
+        state, extra = StageOne.load(path, with_moments=False)
         if state.settings != self.settings or tuple(sorted(state.harmonizers)) != self.positions:
             raise RunFailed(
                 f"{path}: this stage-1 checkpoint was made with other settings or another model.",
@@ -265,7 +274,6 @@ class _Trainer:
         self.scores.values = torch.tensor([state.scores[index] for index in self.positions], dtype=torch.float64)
         self.scores.generator.set_state(extra["generator"])
         self.step, self.history, self.fit = state.step, state.history, state.fit
-        self.calibration = Calibration({}, state.moments, state.leader)
         for position, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             prefix = f"optimizer.{position}."
             found = {name[len(prefix) :]: value for name, value in extra.items() if name.startswith(prefix)}
@@ -273,3 +281,9 @@ class _Trainer:
                 self.optimizer.state[parameter] = {
                     name: value if name == "step" else value.to(parameter) for name, value in found.items()
                 }
+        try:
+            self.calibration = Calibration({}, *load_moments(path))
+        except RunFailed:
+            # They follow from the model and the text: no reason to give up what stage 1 has learnt since.
+            self.calibration = self._calibrate("calibrate again")
+            self._save(with_moments=True)

@@ -7,19 +7,22 @@ plug-in layers, any fraction replaced, any rank reduction.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
+from scaleot_ray.checkpoints import read_header, read_state, write_state
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.harmonizer import Harmonizer
 from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.families import Family
+
+Moments = dict[int, dict[str, torch.Tensor]]
+
+_UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
 
 
 @dataclass
@@ -45,7 +48,7 @@ class StageOne:
     fit: dict[int, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
-    moments: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    moments: Moments = field(default_factory=dict)
     leader: dict[str, str] = field(default_factory=dict)
 
     def moment(self, index: int, path: str) -> torch.Tensor | None:
@@ -67,16 +70,19 @@ class StageOne:
         module.load_state_dict(state)
         return module
 
-    def save(self, path: Path, extra: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes one safetensors file atomically: tensors, and everything else as JSON in its header.
+    def save(self, path: Path, extra: dict[str, torch.Tensor] | None = None, with_moments: bool = True) -> None:
+        """Writes the state atomically: tensors, and everything else as JSON in the header.
 
         Args:
             extra: further tensors (optimizer state) under names that begin with ``optimizer.``.
+            with_moments: write the moments' own file too, and first: a state without it is never seen.
+
+        Raises:
+            ResourcesMissing: the disk is full, or the file cannot be written for another reason.
         """
         tensors = {
             f"{index}.{name}": value for index, state in self.harmonizers.items() for name, value in state.items()
         }
-        tensors |= extra or {}
         record = {
             "settings": self.settings.model_dump(),
             "scores": self.scores,
@@ -84,28 +90,29 @@ class StageOne:
             "history": self.history,
             "step": self.step,
         }
-        moments = _moments_file(path)
-        if self.moments and not moments.exists():
+        if with_moments:
             flat = {f"{index}:{name}": value for index, layer in self.moments.items() for name, value in layer.items()}
-            _write(moments, flat, {"leader": json.dumps(self.leader)})
-        _write(path, tensors, {"stage_one": json.dumps(record)})
+            _write(_moments_file(path), flat, "leader", json.dumps(self.leader))
+        _write(path, tensors | (extra or {}), "stage_one", json.dumps(record))
 
     @classmethod
-    def load(cls, path: Path) -> tuple[StageOne, dict[str, torch.Tensor]]:
+    def load(cls, path: Path, with_moments: bool = True) -> tuple[StageOne, dict[str, torch.Tensor]]:
         """A saved state and the further tensors that were saved with it.
+
+        Args:
+            with_moments: read the moments too; else there are none.
 
         Raises:
             RunFailed: the file is not a stage-1 result or is damaged.
         """
         try:
-            tensors, metadata = _read(path)
-            record = json.loads(metadata["stage_one"])
-            flat, about = _read(_moments_file(path))
-            leader = json.loads(about["leader"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            tensors, text = read_state(path, "stage_one")
+            record = json.loads(text)
+        except _UNREADABLE as error:
+            # Hours may be in it, and there may be a copy: what to do is not ours to decide.
             raise RunFailed(
                 f"{path}: is no readable stage-1 result ({error}).",
-                f"Delete the folder {path.parent}; stage 1 then starts afresh.",
+                "Put back a copy of it, or delete it; stage 1 then starts afresh.",
             ) from error
         harmonizers: dict[int, dict[str, torch.Tensor]] = {}
         extra: dict[str, torch.Tensor] = {}
@@ -115,10 +122,7 @@ class StageOne:
                 harmonizers.setdefault(int(index), {})[inner] = value
             else:
                 extra[name] = value
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in flat.items():
-            index, _, projection = name.partition(":")
-            moments.setdefault(int(index), {})[projection] = value
+        moments, leader = load_moments(path) if with_moments else ({}, {})
         result = cls(
             settings=StageOneSettings(**record["settings"]),
             scores={int(index): score for index, score in record["scores"].items()},
@@ -132,24 +136,43 @@ class StageOne:
         return result, extra
 
 
+def steps_done(path: Path) -> int:
+    """Steps of the saved state at ``path``, from its header; 0 where there is none that can be read."""
+    try:
+        return int(json.loads(read_header(path, "stage_one"))["step"])
+    except _UNREADABLE:
+        return 0
+
+
+def load_moments(path: Path) -> tuple[Moments, dict[str, str]]:
+    """Moments and leaders that were saved with the state at ``path``.
+
+    Raises:
+        RunFailed: their file is missing or damaged.
+    """
+    file = _moments_file(path)
+    try:
+        flat, text = read_state(file, "leader")
+        leader = json.loads(text)
+    except _UNREADABLE as error:
+        raise RunFailed(
+            f"{file}: holds no readable moments ({error}).", "Delete it; building again takes them anew."
+        ) from error
+    moments: Moments = {}
+    for name, value in flat.items():
+        index, _, projection = name.partition(":")
+        moments.setdefault(int(index), {})[projection] = value
+    return moments, leader
+
+
 def _moments_file(path: Path) -> Path:
     return path.with_suffix(".moments.safetensors")
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(path: Path, tensors: dict[str, torch.Tensor], key: str, text: str) -> None:
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        write_state(path, tensors, key, text)
+    except OSError as error:
         raise ResourcesMissing(
             f"{path}: stage 1 could not be saved ({error}).", "Free disk space and run the same command again."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scaleot_ray.artifacts.atomic import atomic_directory
+from scaleot_ray.checkpoints import as_os_error
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families import family_of
 from scaleot_ray.families.loading import BaseModel, empty_model, tokenizer_files
 from scaleot_ray.plugin.merge import merged_weights
 from scaleot_ray.plugin.plug import check_fits
-from scaleot_ray.tuning.checkpoint import as_os_error
 from scaleot_ray.tuning.delta import Delta
 from scaleot_ray.tuning.lora import peft_config, target_modules
 

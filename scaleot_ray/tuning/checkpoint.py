@@ -6,22 +6,20 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
 
+from scaleot_ray.checkpoints import NO_ROOM, read_state, write_state
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
 
 FORMAT = 1
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEADER = "tuning"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -52,15 +50,10 @@ class Checkpoint:
             RunFailed: the file cannot be written for another reason.
         """
         text = json.dumps({"format": FORMAT, "run": self.run, "record": self.record})
-        cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(cpu, temporary, metadata={_HEADER: text})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            if as_os_error(error).errno in NO_ROOM:
+            write_state(path, self.tensors, _HEADER, text)
+        except OSError as error:
+            if error.errno in NO_ROOM:
                 raise ResourcesMissing(
                     f"{path}: no room to write a checkpoint ({error}).",
                     "Free disk space and run again; it carries on from the checkpoint before.",
@@ -68,8 +61,6 @@ class Checkpoint:
             raise RunFailed(
                 f"{path}: the checkpoint could not be written ({error}).", "Give a folder that can be written."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def prepare_place(path: Path) -> None:
@@ -88,14 +79,6 @@ def prepare_place(path: Path) -> None:
         ) from error
 
 
-def as_os_error(error: OSError | SafetensorError) -> OSError:
-    """The system's error behind what writing a safetensors file raised, which says it as text alone."""
-    if isinstance(error, OSError):
-        return error
-    code = re.search(r"os error (\d+)", str(error))
-    return OSError(int(code.group(1)), str(error)) if code else OSError(str(error))
-
-
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at ``path``, or None where there is none.
 
@@ -105,12 +88,11 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            if header["format"] != FORMAT:
-                raise ValueError(f"format {header['format']}, expected {FORMAT}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return Checkpoint(header["run"], header["record"], tensors)
+        tensors, text = read_state(path, _HEADER)
+        header = json.loads(text)
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, expected {FORMAT}")
+        return Checkpoint(header["run"], header["record"], tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunFailed(
             f"{path}: is no readable checkpoint of a tuning run ({error}).", "Delete it; tuning then starts afresh."

@@ -2,12 +2,15 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from scaleot_ray import checkpoints
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import switchable
 from scaleot_ray.emulator.layer_replace import train_stage_one
-from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.emulator.stage_one import StageOne, steps_done
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.families import family_of
 from tests.emulator.token_stream import RandomTokens
@@ -67,23 +70,58 @@ class _Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(tmp_path, stop_at):
-    whole = _train()
+def _stopped(path, step, stage="stage 1", **options):
+    """A run that something ends after a step of a stage."""
 
     def stop(progress):
-        if progress.stage == "stage 1" and progress.step == stop_at:
+        if (progress.stage, progress.step) == (stage, step):
             raise _Stop
 
-    path = tmp_path / "stage_one.safetensors"
     with pytest.raises(_Stop):
-        _train(checkpoint=path, on_progress=stop)
-    assert path.exists() == (stop_at > 3)
-    resumed = _train(checkpoint=path)
-    assert resumed.scores == whole.scores
-    assert resumed.history == whole.history
-    for index, state in whole.harmonizers.items():
-        assert all(torch.equal(value, resumed.harmonizers[index][name]) for name, value in state.items())
+        _train(checkpoint=path, on_progress=stop, **options)
+
+
+def _same(one: StageOne, other: StageOne) -> bool:
+    pairs = [(one.harmonizers[index], other.harmonizers[index]) for index in one.harmonizers]
+    pairs += [(one.moments[index], other.moments[index]) for index in one.moments]
+    return (
+        (one.scores, one.history, one.fit, one.leader) == (other.scores, other.history, other.fit, other.leader)
+        and one.moments.keys() == other.moments.keys()
+        and all(torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine)
+    )
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(tmp_path, stop_at):
+    path = tmp_path / "stage_one.safetensors"
+    _stopped(path, stop_at)
+    saved = steps_done(path)
+    assert saved == (stop_at - 1) // 3 * 3  # told of a step before it is saved
+    heard = []
+    resumed = _train(checkpoint=path, on_progress=heard.append)
+    # What precedes the first step is kept, too.
+    assert {progress.stage for progress in heard} == {"stage 1"}
+    assert heard[0].step == saved + 1
+    assert _same(_train(), resumed)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("calibrate", 1), ("layer damage", 2), ("layer damage", 6)])
+def test_interrupted_before_the_first_step_it_starts_afresh(tmp_path, stage, step):
+    path = tmp_path / "stage_one.safetensors"
+    _stopped(path, step, stage)
+    assert not list(tmp_path.iterdir())
+    assert _same(_train(), _train(checkpoint=path))
+
+
+def test_a_slow_run_is_saved_between_its_checkpoints(tmp_path, monkeypatch):
+    path, settings = tmp_path / "stage_one.safetensors", SETTINGS.model_copy(update={"checkpoint_every": 100})
+    _stopped(path, 4, settings=settings)
+    assert steps_done(path) == 0
+    monkeypatch.setattr(checkpoints, "LONGEST_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "_WRITING_SHARE", math.inf)
+    _stopped(path, 5, settings=settings)
+    assert steps_done(path) == 4
+    assert _same(_train(settings), _train(settings, checkpoint=path))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -102,12 +140,79 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         _train(SETTINGS.model_copy(update={"harmonizer_rank": 4}), checkpoint=path)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def _cut(data: bytes) -> bytes:
+    return data[:-100]
+
+
+def _bit_flipped(data: bytes) -> bytes:
+    return data[:-50] + bytes([data[-50] ^ 1]) + data[-49:]
+
+
+def _header_flipped(data: bytes) -> bytes:
+    place = data.index(b"sha256")
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def _score_flipped(data: bytes) -> bytes:
+    place = data.index(b"scores") + 14  # the first score's digits: valid JSON before and after
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [_cut, _bit_flipped, _header_flipped, _score_flipped, lambda data: b""])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "stage_one.safetensors"
     _train(checkpoint=path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunFailed, match="no readable stage-1 result"):
-        StageOne.load(path)
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with pytest.raises(RunFailed, match="no readable stage-1 result") as caught:
+        _train(checkpoint=path)
+    assert "delete it" in caught.value.remedy
+    assert path.read_bytes() == damaged  # a copy may be put back; nothing is thrown away unasked
+
+
+@pytest.mark.parametrize("damage", [_cut, _bit_flipped, _header_flipped, lambda data: b"", None])
+@pytest.mark.parametrize("stop_at", [5, None])
+def test_damaged_moments_are_taken_again(tmp_path, damage, stop_at):
+    path = tmp_path / "stage_one.safetensors"
+    moments = tmp_path / "stage_one.moments.safetensors"
+    if stop_at is None:
+        _train(checkpoint=path)
+    else:
+        _stopped(path, stop_at)
+    if damage is None:
+        moments.unlink()
+    else:
+        moments.write_bytes(damage(moments.read_bytes()))
+        with pytest.raises(RunFailed, match=r"stage_one\.moments\.safetensors: holds no readable moments"):
+            StageOne.load(path)
+    heard = []
+    assert _same(_train(), _train(checkpoint=path, on_progress=heard.append))
+    assert heard[0].stage == "calibrate again"
+    assert [progress.step for progress in heard if progress.stage == "stage 1"] == ([4, 5, 6, 7, 8] if stop_at else [])
+    assert _same(_train(), StageOne.load(path)[0])
+    seen = []
+    _train(checkpoint=path, on_progress=seen.append)
+    assert not seen
+
+
+def test_moments_of_an_attempt_that_left_no_state_are_replaced(tmp_path):
+    path = tmp_path / "stage_one.safetensors"
+    _train(SETTINGS.model_copy(update={"start_tokens": 2048, "steps": 0}), checkpoint=path)
+    path.unlink()
+    assert _same(_train(), _train(checkpoint=path))
+    assert _same(_train(), StageOne.load(path)[0])
+
+
+def test_a_result_without_checksums_is_taken_as_it_is(tmp_path):
+    """As the first versions wrote them."""
+    path = tmp_path / "stage_one.safetensors"
+    whole = _train(checkpoint=path)
+    for file in tmp_path.iterdir():
+        with safe_open(file, framework="pt") as old:
+            header = {name: text for name, text in old.metadata().items() if name != "sha256"}
+            tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118 (no mapping)
+        save_file(tensors, file, header)
+    assert _same(whole, StageOne.load(path)[0])
 
 
 def test_a_masked_out_harmonizer_is_not_touched():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from scaleot_ray import checkpoints
 from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
 from scaleot_ray.families import family_of
 from scaleot_ray.progress import Progress
@@ -149,6 +150,21 @@ def test_how_often_it_is_written_may_change(tmp_path: Path) -> None:
     assert same(resumed, run(tiny_model("gpt2"), None))
 
 
+def test_a_run_shorter_than_its_checkpoints_are_apart_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint"
+    stopped(tiny_model("gpt2"), path, stop_at=5, checkpoint_every=50)
+    assert not path.exists()  # five quick steps are no loss
+    monkeypatch.setattr(checkpoints, "LONGEST_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "_WRITING_SHARE", float("inf"))
+    stopped(tiny_model("gpt2"), path, stop_at=5, checkpoint_every=50)
+    saved = read_checkpoint(path)
+    assert saved is not None
+    assert len(saved.record["history"]["losses"]) == 5
+    assert same(run(tiny_model("gpt2"), path, checkpoint_every=50), run(tiny_model("gpt2"), None))
+
+
 def test_without_resume_it_starts_afresh(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     stopped(tiny_model("gpt2"), path, stop_at=4)
@@ -156,11 +172,13 @@ def test_without_resume_it_starts_afresh(tmp_path: Path) -> None:
     assert same(fresh, run(tiny_model("gpt2"), None, learning_rate=1e-3))
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "cut"])
+@pytest.mark.parametrize("damage", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "cut", "flipped"])
 def test_a_damaged_checkpoint_is_refused(damage: bytes | str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     stopped(tiny_model("gpt2"), path, stop_at=4)
-    path.write_bytes(path.read_bytes()[:-100] if isinstance(damage, str) else damage)
+    whole = path.read_bytes()
+    damages = {"cut": whole[:-100], "flipped": whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]}
+    path.write_bytes(damages[damage] if isinstance(damage, str) else damage)
     with pytest.raises(RunFailed, match="no readable checkpoint of a tuning run") as failed:
         run(tiny_model("gpt2"), path)
     assert "Delete it" in failed.value.remedy
