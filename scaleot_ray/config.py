@@ -115,7 +115,9 @@ class StageOneSettings(Settings):
     candidates: int = Field(4, ge=2, description="masks scored in one RL step, N_c")
     score_learning_rate: Number = Field(1.0, gt=0, description="η of the score update, on standardised rewards")
     shuffle_rewards: bool = Field(False, description="negative control: breaks the link from mask to reward")
-    checkpoint_every: int = Field(20, ge=1, description="steps between two checkpoints")
+    checkpoint_every: int = Field(
+        20, ge=1, description="steps between two checkpoints; one is also written after every minute"
+    )
     seed: int = 0
 
 
@@ -167,7 +169,9 @@ class TuneSettings(Settings):
     gradient_checkpointing: bool = False
     evaluate_every: int | None = Field(None, ge=1, description="steps between two evaluations on held-out rows")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without improvement")
-    checkpoint_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(
+        50, ge=1, description="steps between two checkpoints; one is also written after every minute"
+    )
     seed: int = 0
 
 

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from scaleot_ray.checkpoints import CheckpointPace
 from scaleot_ray.config import TuneSettings
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
@@ -102,8 +104,8 @@ def tune(
         evaluate: value on held-out rows, lower is better (nats per token); called every
             ``settings.evaluate_every`` steps and after the last, with the model in evaluation mode.
             With ``settings.patience`` the best state seen is the one that counts in the end.
-        checkpoint: file of the run's checkpoint, written every ``settings.checkpoint_every`` steps
-            and at the end; whoever has stored the delta deletes it.
+        checkpoint: file of the run's checkpoint, written every ``settings.checkpoint_every`` steps,
+            every minute and at the end; whoever has stored the delta deletes it.
         resume: carry on from ``checkpoint`` where it exists, bit for bit; False starts afresh.
         on_progress: hears of every step.
         stage: name of the work in progress reports.
@@ -168,6 +170,7 @@ class _Loop:
         stream = self._resume(saved, batches) if saved is not None else batches.batches()
         settings = self.settings
         meter = ProgressMeter(stage, settings.steps, on_progress, done=self.history.steps)
+        pace = CheckpointPace(settings.checkpoint_every)
         while self.history.steps < settings.steps and not self.history.stopped_early:
             taken = list(islice(stream, settings.accumulate))
             step = self.history.steps + 1
@@ -179,8 +182,8 @@ class _Loop:
             if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
                 self._evaluate(step)
             last = last or self.history.stopped_early
-            if self.checkpoint is not None and (step % settings.checkpoint_every == 0 or last):
-                self._save(self.checkpoint, taken[-1])
+            if self.checkpoint is not None and (pace.due(step) or last):
+                pace.write(partial(self._save, self.checkpoint, taken[-1]))
             meter.advance(tokens=sum(_tokens(batch) for batch in taken), loss=loss)
         if self.best is not None:
             self.work.weights.load(self.best)
