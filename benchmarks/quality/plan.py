@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from scaleot_ray.config import EmulatorSettings, StageOneSettings
+from benchmarks.cells.cell import Cell
+from benchmarks.cells.tasks import Task
+from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings
 from scaleot_ray.errors import ConfigError
+
+TASKS = ("arc_easy", "openbookqa", "sst2", "wikitext2")
 
 STAGE_ONE: dict[str, dict[str, Any]] = {
     "closed_form": {},
@@ -18,6 +22,10 @@ STAGE_ONE: dict[str, dict[str, Any]] = {
 
 VARIANTS = (*STAGE_ONE, "uniform_drop")
 DEFAULT_VARIANTS = ("closed_form", "random_start", "uniform_drop")
+
+
+PUBLIC_BLOCK = 128
+"""Tokens per sequence of stage 1."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +69,59 @@ class Triplet:
                 f"--settings: {text!r} is no triplet.", "Write plug-in layers, alpha and beta, such as 4,0.5,0.8."
             ) from None
 
-    def __str__(self) -> str:
-        return f"{self.plug_in_layers},{self.alpha:g},{self.beta:g}"
+    @property
+    def label(self) -> str:
+        """Fit for a file name."""
+        return f"{self.plug_in_layers}-{self.alpha:g}-{self.beta:g}"
+
+    @property
+    def uncompressed(self) -> Triplet:
+        """The same with β = 0."""
+        return replace(self, beta=0.0)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One emulator, tuned for one task with one seed."""
+class Choice:
+    """What one cell is about."""
 
-    task: str
+    task: Task
     seed: int
     variant: str
     triplet: Triplet
 
-    @property
-    def name(self) -> str:
-        """Unique, and fit for a file name."""
-        return f"{self.task}-seed{self.seed}-{self.variant}-{str(self.triplet).replace(',', '-')}"
+    def cell(self, budget: Budget, context: Callable[[int], int], test_rows: int | None = None) -> Cell:
+        """The cell with all its settings.
+
+        Args:
+            budget: steps and shares.
+            context: the block size that the model's context holds, from the one that is wanted.
+            test_rows: in place of the budget's share of the task's own.
+        """
+        label = f"{self.variant}-{self.triplet.label}"
+        return Cell(
+            task=self.task.name,
+            seed=self.seed,
+            label=label,
+            # Uniform LayerDrop has no randomness, so seeds share it.
+            emulator_label=label + ("" if self.variant == "uniform_drop" else f"-seed{self.seed}"),
+            public="wikitext2",
+            stage_one=self.stage_one(budget.stage_one_steps, context(PUBLIC_BLOCK)),
+            emulator=self.emulator(),
+            tune=TuneSettings(
+                steps=budget.steps,
+                batch_size=self.task.batch_size,
+                block_size=context(self.task.block_size),
+                too_long="truncate",
+                seed=self.seed,
+            ),
+            test_rows=test_rows or max(1, round(self.task.test_rows * budget.test_share)),
+            facts={
+                "variant": self.variant,
+                "plug_in_layers": self.triplet.plug_in_layers,
+                "alpha": self.triplet.alpha,
+                "beta": self.triplet.beta,
+            },
+        )
 
     def stage_one(self, steps: int, block_size: int) -> StageOneSettings:
         """Settings of stage 1: ``random_start`` differs from ``closed_form`` in the harmonizers' start alone.
@@ -98,29 +142,21 @@ class Cell:
             builder="uniform_drop" if self.variant == "uniform_drop" else "scaleot",
         )
 
-    @property
-    def emulator_name(self) -> str:
-        """Of the emulator alone, which tasks share; uniform LayerDrop has no randomness, so seeds share it too."""
-        triplet = str(self.triplet).replace(",", "-")
-        return f"{self.variant}-{triplet}" + ("" if self.variant == "uniform_drop" else f"-seed{self.seed}")
 
-
-def cells(
-    tasks: Iterable[str], seeds: Sequence[int], variants: Sequence[str], triplets: Sequence[Triplet]
-) -> Iterator[Cell]:
+def choices(
+    tasks: Iterable[Task], seeds: Sequence[int], variants: Sequence[str], triplets: Sequence[Triplet]
+) -> list[Choice]:
     """All cells, one seed after the other, so that an early end leaves whole seeds.
 
     Uniform LayerDrop has no rank compression in its own paper: its cells have β = 0 whatever the
     triplet says, and triplets that differ in β alone give one such cell.
     """
-    seen = set()
     tasks = list(tasks)
-    for seed in seeds:
-        for task in tasks:
-            for triplet in triplets:
-                for variant in variants:
-                    beta = 0.0 if variant == "uniform_drop" else triplet.beta
-                    cell = Cell(task, seed, variant, Triplet(triplet.plug_in_layers, triplet.alpha, beta))
-                    if cell not in seen:
-                        seen.add(cell)
-                        yield cell
+    found = [
+        Choice(task, seed, variant, triplet.uncompressed if variant == "uniform_drop" else triplet)
+        for seed in seeds
+        for task in tasks
+        for triplet in triplets
+        for variant in variants
+    ]
+    return list({(choice.task.name, choice.seed, choice.variant, choice.triplet): choice for choice in found}.values())

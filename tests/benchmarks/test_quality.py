@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.cells.measured import Measured, describe, mean_over_seeds, score_from, score_record
+from benchmarks.cells.tasks import TASKS, prepare
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.measured import Measured, describe, mean_over_seeds, score_from, score_record
-from benchmarks.quality.plan import Cell, Triplet, cells
-from benchmarks.quality.tasks import TASKS, prepare
+from benchmarks.quality.plan import Choice, Triplet, choices
 from scaleot_ray.errors import ConfigError, DataError
 from scaleot_ray.evaluation.choice import ChoiceScore
 from scaleot_ray.evaluation.score import Blocks
@@ -109,12 +109,13 @@ def test_wrong_options_are_named(
 
 def test_missing_data_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(place, "--data", str(tmp_path)) == 2
-    assert "valid.parquet" in capsys.readouterr().err
+    assert "arc_easy/test.parquet" in capsys.readouterr().err
 
 
 def test_plan_has_one_uniform_cell_per_alpha() -> None:
-    planned = list(cells(["sst2"], [0], ["closed_form", "uniform_drop"], [Triplet(4, 0.5, 0.8), Triplet(4, 0.5, 0.2)]))
-    assert [cell.variant for cell in planned] == ["closed_form", "uniform_drop", "closed_form"]
+    triplets = [Triplet(4, 0.5, 0.8), Triplet(4, 0.5, 0.2)]
+    planned = choices([TASKS["sst2"]], [0], ["closed_form", "uniform_drop"], triplets)
+    assert [choice.variant for choice in planned] == ["closed_form", "uniform_drop", "closed_form"]
     assert planned[1].triplet == Triplet(4, 0.5, 0)
     with pytest.raises(ConfigError):
         Triplet.parse("a,b,c")
@@ -122,9 +123,10 @@ def test_plan_has_one_uniform_cell_per_alpha() -> None:
 
 def test_variants_differ_in_what_they_say() -> None:
     found = {
-        variant: Cell("sst2", 3, variant, Triplet(4, 0.5, 0.8)) for variant in ("closed_form", "random_start", "paper")
+        variant: Choice(TASKS["sst2"], 3, variant, Triplet(4, 0.5, 0.8))
+        for variant in ("closed_form", "random_start", "paper")
     }
-    closed, random, paper = (cell.stage_one(7, 64).model_dump() for cell in found.values())
+    closed, random, paper = (choice.stage_one(7, 64).model_dump() for choice in found.values())
     assert {key for key in closed if closed[key] != random[key]} == {"start"}
     assert {key for key in closed if closed[key] != paper[key]} == {"start", "score_start", "objective"}
     assert closed["seed"] == 3

@@ -13,7 +13,7 @@ _WORDS = ("owner", "layer", "plug-in", "data", "text", "answer", "right", "other
 
 
 def write_tiny_data(folder: Path, seed: int = 0) -> Path:
-    """WikiText-2 ``valid`` and ``test``, ARC-Easy and SST-2 ``train`` and ``test``; gives the folder."""
+    """WikiText-2 ``valid`` and ``test``, ARC-Easy, Banking77 and SST-2 ``train`` and ``test``; gives the folder."""
     order = random.Random(seed)
 
     def text(words: int) -> str:
@@ -32,6 +32,8 @@ def write_tiny_data(folder: Path, seed: int = 0) -> Path:
         _write(folder / "wikitext2" / f"{split}.parquet", [{"text": text(90)} for _ in range(articles)])
     for split, count in (("train", 40), ("test", 16)):
         _write(folder / "arc_easy" / f"{split}.parquet", questions(count))
+        intents = [f"intent_{order.randrange(12)}?" for _ in range(3 * count)]
+        _write(folder / "banking77" / f"{split}.parquet", [{"text": intent, "label": intent} for intent in intents])
         labels = [order.randrange(2) for _ in range(count)]
         _write(folder / "sst2" / f"{split}.parquet", [{"text": _WORDS[5 + label], "label": label} for label in labels])
     return folder

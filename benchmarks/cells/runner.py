@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.cells.cell import Cell
+from benchmarks.cells.estimate import budget_lines, task_tokens
+from benchmarks.cells.measured import score_record
+from benchmarks.cells.tasks import Task, prepare, public_text, task_named
 from benchmarks.environment import environment, now
-from benchmarks.quality.measured import score_record
-from benchmarks.quality.plan import Budget, Cell
-from benchmarks.quality.tasks import prepare, public_text, task_named
-from benchmarks.quality.tokens import budget_lines, task_tokens
 from scaleot_ray import __version__
 from scaleot_ray.artifacts import Artifact, read_artifact
 from scaleot_ray.cli.bars import ProgressBars, clock
-from scaleot_ray.config import DataSettings, ModelSettings, StageOneSettings, TuneSettings
+from scaleot_ray.config import DataSettings, ModelSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.evaluation.score import Score
@@ -34,68 +34,65 @@ from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.tune import tune_emulator
 
-PUBLIC_BLOCK = 128
-"""Tokens per sequence of stage 1."""
-
 
 @dataclass(frozen=True)
-class TaskSetup:
-    """A task's rows and how they are tuned on; the seed is filled in per cell."""
+class TaskData:
+    """A task's rows: to tune on, and to measure on."""
 
     train: DataSettings
     test: DataSettings
-    tune: TuneSettings
-    limit: int
 
 
-class Quality:
-    """One benchmark run.
+class CellRunner:
+    """Computes cells in one folder.
 
     Args:
         model: path of the full model.
         data: folder of the tasks' files.
         output: folder of everything that is written: ``cells``, ``full`` (rows of the full model),
             ``emulators``, ``stage_one``, ``data``, ``work``.
-        budget: steps and shares.
-        examples: test rows or blocks of every task, in place of the tasks' own numbers.
         device: where to compute.
     """
 
-    def __init__(
-        self, model: str, data: Path, output: Path, budget: Budget, examples: int | None = None, device: str = "auto"
-    ) -> None:
-        self.data, self.output, self.budget, self.examples, self.device = data, output, budget, examples, device
-        self.public = public_text(data)
-        public_digest = data_digest(self.public)  # a missing file shows before the model is loaded
+    def __init__(self, model: str, data: Path, output: Path, device: str = "auto") -> None:
+        self.data, self.output, self.device = data, output, device
         self.base: BaseModel = load_base_model(ModelSettings(path=model, dtype="float32", device=device))
         self.identity = {
             "version": __version__,
             "model": model_digest(self.base.model),
-            "public": public_digest,
             "matmul_precision": torch.get_float32_matmul_precision(),
         }
-        self._tasks: dict[str, TaskSetup] = {}
+        self._tasks: dict[tuple[str, int, int], TaskData] = {}
+        self._public: dict[str, tuple[DataSettings, str]] = {}
 
-    def task(self, name: str) -> TaskSetup:
-        """Rows and settings of a task, prepared at first use."""
-        if name not in self._tasks:
-            task = task_named(name)
-            rows = self.examples or max(1, round(task.test_rows * self.budget.test_share))
-            block = self._fitting(task.block_size)
-            train, test = prepare(task, self.data, self.output / "data", rows, block)
-            tune = TuneSettings(
-                steps=self.budget.steps, batch_size=task.batch_size, block_size=block, too_long="truncate"
-            )
-            self._tasks[name] = TaskSetup(train, test, tune, rows)
-        return self._tasks[name]
+    def fitting(self, block_size: int) -> int:
+        """A block size that the model's context holds."""
+        context = getattr(text_config(self.base.model.config), "max_position_embeddings", None)
+        return min(block_size, context) if context else block_size
+
+    def task(self, task: Task, rows: int) -> TaskData:
+        """A task's rows, prepared at first use."""
+        block = self.fitting(task.block_size)
+        key = (task.name, rows, block)
+        if key not in self._tasks:
+            self._tasks[key] = TaskData(*prepare(task, self.data, self.output / "data" / f"{rows}", rows, block))
+        return self._tasks[key]
+
+    def public(self, name: str) -> tuple[DataSettings, str]:
+        """One of the public texts, and its digest."""
+        if name not in self._public:
+            text = public_text(name, self.data, self.output / "data")
+            self._public[name] = text, data_digest(text)
+        return self._public[name]
 
     def announce(self, cells: Sequence[Cell]) -> None:
         """Prints how many tokens the cells take, on stderr."""
         tokens = {}
-        for name in dict.fromkeys(cell.task for cell in cells):
-            setup = self.task(name)
-            tokens[name] = task_tokens(self.base, setup.train, setup.test, setup.tune, setup.limit)
-        stages = {identity(s=self._stage_one(c)): self._stage_one(c) for c in cells if c.variant != "uniform_drop"}
+        for cell in cells:
+            if cell.task not in tokens:
+                rows = self._rows(cell)
+                tokens[cell.task] = task_tokens(self.base, rows.train, rows.test, cell.tune, cell.test_rows)
+        stages = {identity(s=cell.stage_one): cell.stage_one for cell in cells if cell.trains_harmonizers}
         for line in budget_lines(cells, tokens, list(stages.values()), self.base):
             _say(line)
 
@@ -127,51 +124,33 @@ class Quality:
         return failed
 
     def _compute(self, cell: Cell, on_progress: OnProgress) -> dict[str, Any]:
-        setup = self.task(cell.task)
-        tune = setup.tune.model_copy(update={"seed": cell.seed})
+        task, tune = self._rows(cell), cell.tune
         seconds: dict[str, float] = {}
         start = time.monotonic()
         emulator = self._emulator(cell, on_progress)
         seconds["build"] = time.monotonic() - start
-        rows = self._full_rows(cell, setup, tune, emulator, on_progress)
+        rows = self._full_rows(cell, emulator, on_progress)
         # A cell that was interrupted starts over.
         work = self.output / "work" / cell.name
         shutil.rmtree(work, ignore_errors=True)
         tuned = tune_emulator(
-            emulator, setup.train, tune, work, name=cell.task, device=self.device, on_progress=on_progress
+            emulator, task.train, tune, work, name=cell.task, device=self.device, on_progress=on_progress
         )
         seconds["tune"] = tuned.seconds
         start = time.monotonic()
-        table = evaluate_rows(
-            ("emulator_zero_shot", "emulator_tuned", "plug_in"),
-            name=cell.task,
-            test=setup.test,
-            base=self.base,
-            emulator=emulator,
-            delta=tuned.delta,
-            tune=tune,
-            evaluate_examples=setup.limit,
-            block_size=tune.block_size,
-            device=self.device,
-            on_progress=on_progress,
+        rows |= self._measure(
+            ("emulator_zero_shot", "emulator_tuned", "plug_in"), cell, emulator, on_progress, delta=tuned.delta
         )
         seconds["evaluate"] = time.monotonic() - start
         shutil.rmtree(work, ignore_errors=True)
-        rows |= table.rows
         return {
-            "cell": {
-                "task": cell.task,
-                "seed": cell.seed,
-                "variant": cell.variant,
-                "plug_in_layers": cell.triplet.plug_in_layers,
-                "alpha": cell.triplet.alpha,
-                "beta": cell.triplet.beta,
-            },
-            "of": self.identity,
+            "cell": {"task": cell.task, "seed": cell.seed, **cell.facts},
+            "of": self.identity | {"public": self.public(cell.public)[1]},
             "settings": {
-                "stage_one": None if cell.variant == "uniform_drop" else self._stage_one(cell).model_dump(mode="json"),
+                "stage_one": cell.stage_one.model_dump(mode="json") if cell.trains_harmonizers else None,
+                "emulator": cell.emulator.model_dump(mode="json"),
                 "tune": tune.model_dump(mode="json"),
-                "test_rows": setup.limit,
+                "test_rows": cell.test_rows,
             },
             "emulator": _emulator_facts(emulator),
             "delta_bytes": tuned.delta.nbytes,
@@ -182,12 +161,12 @@ class Quality:
         }
 
     def _emulator(self, cell: Cell, on_progress: OnProgress) -> Artifact:
-        directory = self.output / "emulators" / cell.emulator_name
+        directory = self.output / "emulators" / cell.emulator_label
         build(
             self.base,
-            self.public,
-            self._stage_one(cell),
-            cell.emulator(),
+            self.public(cell.public)[0],
+            cell.stage_one,
+            cell.emulator,
             directory,
             cache=self.output / "stage_one",
             resume=True,
@@ -196,50 +175,58 @@ class Quality:
         )
         return read_artifact(directory, expected_kind="emulator")
 
-    def _full_rows(
-        self, cell: Cell, setup: TaskSetup, tune: TuneSettings, emulator: Artifact, on_progress: OnProgress
-    ) -> dict[str, Score | None]:
-        """Rows that no emulator changes: computed once for a task, or for a task, a seed and N_a, and kept."""
+    def _full_rows(self, cell: Cell, emulator: Artifact, on_progress: OnProgress) -> dict[str, Score | None]:
+        """Rows that no emulator changes: computed once for a task, or for a task and a way of tuning, and kept."""
+        which = identity(tune=cell.tune, layers=cell.emulator.plug_in_layers, layout=cell.emulator.layout)
+        folders = {"full_zero_shot": f"{cell.test_rows}", "full_tuned": f"{cell.test_rows}-{which[:12]}"}
         rows: dict[str, Score | None] = {}
-        folders = {
-            "full_zero_shot": cell.task,
-            "full_tuned": f"{cell.task}-seed{cell.seed}-{cell.triplet.plug_in_layers}",
-        }
-        for row, folder in folders.items():
-            rows |= evaluate_rows(
-                (row,),
-                name=cell.task,
-                test=setup.test,
-                base=self.base,
-                emulator=emulator,  # says which layers are tuned, nothing else
-                train=setup.train,
-                tune=tune,
-                evaluate_examples=setup.limit,
-                block_size=tune.block_size,
-                device=self.device,
-                folder=self.output / "full" / folder,
-                on_progress=on_progress,
-            ).rows
+        for row, name in folders.items():
+            folder = self.output / "full" / f"{cell.task}-{name}"
+            rows |= self._measure((row,), cell, emulator, on_progress, folder=folder)
         return rows
 
-    def _stage_one(self, cell: Cell) -> StageOneSettings:
-        return cell.stage_one(self.budget.stage_one_steps, self._fitting(PUBLIC_BLOCK))
+    def _measure(
+        self,
+        rows: Sequence[str],
+        cell: Cell,
+        emulator: Artifact,
+        on_progress: OnProgress,
+        delta: Artifact | None = None,
+        folder: Path | None = None,
+    ) -> dict[str, Score | None]:
+        task = self._rows(cell)
+        table = evaluate_rows(
+            rows,
+            name=cell.task,
+            test=task.test,
+            base=self.base,
+            emulator=emulator,  # for rows of the full model it says which layers are tuned, nothing else
+            delta=delta,
+            train=task.train,
+            tune=cell.tune,
+            evaluate_examples=cell.test_rows,
+            block_size=cell.tune.block_size,
+            device=self.device,
+            folder=folder,
+            on_progress=on_progress,
+        )
+        return dict(table.rows)
 
-    def _fitting(self, block_size: int) -> int:
-        context = getattr(text_config(self.base.model.config), "max_position_embeddings", None)
-        return min(block_size, context) if context else block_size
+    def _rows(self, cell: Cell) -> TaskData:
+        return self.task(task_named(cell.task), cell.test_rows)
 
     def _digest(self, cell: Cell) -> str:
-        setup = self.task(cell.task)
+        task = self._rows(cell)
         return identity(
             **self.identity,
+            public=self.public(cell.public)[1],
             seed=cell.seed,
-            stage_one=self._stage_one(cell),
-            emulator=cell.emulator(),
-            train=data_digest(setup.train),
-            test=data_digest(setup.test),
-            tune=setup.tune.model_dump(mode="json", exclude={"checkpoint_every"}),
-            limit=setup.limit,
+            stage_one=cell.stage_one,
+            emulator=cell.emulator,
+            train=data_digest(task.train),
+            test=data_digest(task.test),
+            tune=cell.tune.model_dump(mode="json", exclude={"checkpoint_every"}),
+            limit=cell.test_rows,
         )
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality.plan import Cell
+from benchmarks.cells.cell import Cell
 from scaleot_ray.config import DataSettings, StageOneSettings, TuneSettings
 from scaleot_ray.data import TokenBatches, choice_examples, padding_id, token_examples
 from scaleot_ray.emulator.layer_map import middle_layers, plug_in_positions, replaced_count
@@ -36,14 +36,19 @@ class TaskTokens:
     evaluation: int
 
 
-def task_tokens(base: BaseModel, train: DataSettings, test: DataSettings, tune: TuneSettings, limit: int) -> TaskTokens:
-    """Counts one tuning run (from its first batches) and one evaluation."""
+def tokens_per_step(base: BaseModel, train: DataSettings, tune: TuneSettings) -> float:
+    """Tokens of an optimizer step, padding included: the mean over the first batches."""
     examples = token_examples(train, base.tokenizer, tune.block_size, tune.too_long)
     batches = TokenBatches(examples, tune.batch_size, padding_id(base.tokenizer), tune.seed)
-    count = min(_BATCHES, tune.steps)
-    per_step = sum(batch["input_ids"].numel() for batch in itertools.islice(batches, count)) / count
+    seen = itertools.islice(batches, _BATCHES)
+    return tune.accumulate * sum(batch["input_ids"].numel() for batch in seen) / _BATCHES
+
+
+def task_tokens(base: BaseModel, train: DataSettings, test: DataSettings, tune: TuneSettings, limit: int) -> TaskTokens:
+    """Counts one tuning run (from its first batches) and one evaluation."""
+    tuning = round(tokens_per_step(base, train, tune) * tune.steps)
     if test.task != "choice":
-        return TaskTokens(round(per_step * tune.steps), limit * tune.block_size)
+        return TaskTokens(tuning, limit * tune.block_size)
     questions = choice_examples(test, base.tokenizer, tune.block_size, tune.too_long)
     # As evaluate_choice runs them: an answer's last token is predicted, never read.
     read = sum(
@@ -51,13 +56,13 @@ def task_tokens(base: BaseModel, train: DataSettings, test: DataSettings, tune: 
         for question in questions
         for answer in {tuple(tokens[:-1]) for tokens in question.continuations}
     )
-    return TaskTokens(round(per_step * tune.steps), read)
+    return TaskTokens(tuning, read)
 
 
 def cell_minutes(cell: Cell, tokens: TaskTokens, layers: int) -> float:
     """Minutes of one cell: its emulator tuned, and measured before, after and plugged in."""
-    middle = len(middle_layers(layers, plug_in_positions(layers, cell.triplet.plug_in_layers)))
-    share = 1 - replaced_count(middle, cell.triplet.alpha) / layers
+    middle = len(middle_layers(layers, plug_in_positions(layers, cell.emulator.plug_in_layers)))
+    share = 1 - replaced_count(middle, cell.emulator.alpha) / layers
     tuning = share * tokens.tuning / FORWARD_BACKWARD
     return (tuning + (2 * share + 1) * tokens.evaluation / FORWARD) / 60
 

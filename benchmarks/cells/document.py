@@ -1,0 +1,118 @@
+"""All finished cells of a folder as one JSON document, which is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells.measured import MEASURES, Measured, describe, mean_over_seeds, score_from
+from scaleot_ray.errors import DataError
+from scaleot_ray.stages.identity import identity
+from scaleot_ray.stages.record import read_record
+
+SCHEMA = 1
+RUN_FILE = "run.json"
+
+Record = dict[str, Any]
+
+
+def read_cells(output: Path, order: Callable[[Record], Any]) -> list[Record]:
+    """All finished cells in ``output``, by ``order`` of their facts, then by seed.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [read_record(path) for path in sorted((output / "cells").glob("*.json"))]
+    found = [cell for cell in found if cell]
+    if not found:
+        raise DataError(f"{output}: there is no finished cell.", "Give the --output folder of a benchmark run.")
+    return sorted(found, key=lambda record: (order(record["cell"]), record["cell"]["seed"]))
+
+
+def summarise(output: Path, benchmark: str, order: Callable[[Record], Any]) -> Record:
+    """The document: how the cells were made, each cell, and the mean over seeds.
+
+    The mean over seeds is taken test row by test row; its intervals are over test rows. How much seeds
+    differ stands beside it (``seeds``: the plug-in's difference to full zero-shot, seed by seed).
+
+    Args:
+        output: folder of the run.
+        benchmark: its name.
+        order: sort key from the facts of a cell (``task``, ``seed`` and what its plan says).
+    """
+    records, run = read_cells(output, order), read_record(output / RUN_FILE)
+    environments: list[Record] = []
+    for record in records:
+        if record["environment"] not in environments:
+            environments.append(record["environment"])
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        "model": run.get("model"),
+        "commands": list(run.get("commands", ())),
+        "date": max(record["date"] for record in records),
+        "environments": environments,
+        "over_seeds": [_over_seeds(group) for group in _groups(records)],
+        "cells": [_cell(record, environments) for record in records],
+    }
+
+
+def _groups(records: Sequence[Record]) -> Iterable[list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(identity(facts=record["cell"] | {"seed": None}), []).append(record)
+    return groups.values()
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, Measured]:
+    return {row: score_from(values) for row, values in record["rows"].items()}
+
+
+def _over_seeds(records: Sequence[Record]) -> Record:
+    # One folder may hold cells of several models, versions or budgets; a mean over them means nothing.
+    if len({identity(made=_without_seed(record)) for record in records}) > 1:
+        raise DataError(
+            f"cells of {_name(records[0])} and its other seeds were made by different models, steps or test rows.",
+            "Run the benchmark again with one budget; cells that fit already are kept.",
+        )
+    scores = [_scores(record) for record in records]
+    means = {row: mean_over_seeds([own[row] for own in scores]) for row in scores[0]}
+    metric = means["plug_in"].metric
+    return {
+        **{key: value for key, value in records[0]["cell"].items() if key != "seed"},
+        "metric": metric,
+        "loss_margin": sum(record["emulator"]["loss_margin"] for record in records) / len(records),
+        "verbatim_share": sum(record["emulator"]["verbatim_share"] for record in records) / len(records),
+        "measures": describe(means),
+        "seeds": {
+            str(record["cell"]["seed"]): {
+                measure: own["plug_in"].blocks(measure).mean - own["full_zero_shot"].blocks(measure).mean
+                for measure in MEASURES[metric]
+            }
+            for record, own in zip(records, scores, strict=True)
+        },
+    }
+
+
+def _without_seed(record: Mapping[str, Any]) -> Record:
+    settings = {
+        name: {**part, "seed": None} if isinstance(part, dict) else part for name, part in record["settings"].items()
+    }
+    return {"of": record["of"], "settings": settings}
+
+
+def _cell(record: Mapping[str, Any], environments: Sequence[Record]) -> Record:
+    scores = _scores(record)
+    kept = ("settings", "emulator", "delta_bytes", "seconds", "date", "digest")
+    return {
+        **record["cell"],
+        "metric": scores["plug_in"].metric,
+        "measures": describe(scores),
+        **{key: record[key] for key in kept},
+        "environment": environments.index(record["environment"]),
+    }
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return " ".join(str(part) for key, part in record["cell"].items() if key != "seed")

@@ -1,0 +1,1 @@
+"""How much of a tuning reaches the full model: one builder setting, one task, one compute budget at a time."""

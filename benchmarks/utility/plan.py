@@ -1,0 +1,117 @@
+"""A point: settings that differ from this package's defaults, and how many tokens may be spent on each part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cells.cell import Cell
+from benchmarks.cells.estimate import tokens_per_step
+from benchmarks.cells.runner import CellRunner
+from benchmarks.cells.tasks import Task
+from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings, override, parse
+from scaleot_ray.errors import ConfigError
+
+TASKS = ("python_reference", "wikitext2", "sst2", "banking77", "arc_easy", "openbookqa")
+SECTIONS: dict[str, Any] = {"stage_one": StageOneSettings, "emulator": EmulatorSettings, "tune": TuneSettings}
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Compute of one point.
+
+    Attributes:
+        stage_one_tokens: public tokens of the harmonizer steps of stage 1.
+        tuning_tokens: private tokens of one tuning run, padding included.
+        test_share: share of each task's test rows that is measured.
+    """
+
+    stage_one_tokens: int
+    tuning_tokens: int
+    test_share: float
+
+
+BUDGETS = {
+    "small": Budget(20_480, 20_480, 0.3),
+    "medium": Budget(81_920, 51_200, 1.0),
+    "large": Budget(4_194_304, 819_200, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Settings under a name.
+
+    Attributes:
+        label: names the point in files and tables.
+        public: the model owner's public text.
+        budget: what may be spent.
+        changes: ``section.key=value``, what differs from the defaults.
+    """
+
+    label: str
+    public: str
+    budget: Budget
+    changes: tuple[str, ...] = ()
+
+    def sections(self) -> dict[str, Any]:
+        """The sections ``stage_one``, ``emulator`` and ``tune`` as typed settings.
+
+        Steps follow from the budget unless a change sets them; those of ``tune`` are filled in per task.
+
+        Raises:
+            ConfigError: a change names no key, or its value is not what the key takes.
+        """
+        values = override({name: {} for name in SECTIONS}, self.changes)
+        for name in values:
+            if name not in SECTIONS:
+                raise ConfigError(f"--set {name}: there is no such section.", f"Take one of {', '.join(SECTIONS)}.")
+        found = {name: parse(section, values[name], f"--set {name}") for name, section in SECTIONS.items()}
+        stage_one = found["stage_one"]
+        if "steps" not in stage_one.model_fields_set:
+            batch = stage_one.batch_size * stage_one.block_size
+            steps = max(1, self.budget.stage_one_tokens // batch)
+            found["stage_one"] = stage_one.model_copy(update={"steps": steps})
+        return found
+
+    def cell(self, task: Task, seed: int, runner: CellRunner) -> Cell:
+        """The point for one task and seed."""
+        found = self.sections()
+        stage_one, tune = found["stage_one"], found["tune"]
+        rows = max(1, round(task.test_rows * self.budget.test_share))
+        defaults = {
+            "batch_size": task.batch_size,
+            "block_size": runner.fitting(task.block_size),
+            "too_long": "truncate",
+            "seed": seed,
+        }
+        missing = {key: value for key, value in defaults.items() if key not in tune.model_fields_set}
+        tune = tune.model_copy(update=missing)
+        if "steps" not in tune.model_fields_set:
+            per_step = tokens_per_step(runner.base, runner.task(task, rows).train, tune)
+            tune = tune.model_copy(update={"steps": max(1, round(self.budget.tuning_tokens / per_step))})
+        return Cell(
+            task=task.name,
+            seed=seed,
+            label=self.label,
+            emulator_label="current",  # rebuilt in seconds from stage 1, where points would fill a disk
+            public=self.public,
+            stage_one=stage_one.model_copy(update={"seed": seed, "block_size": runner.fitting(stage_one.block_size)}),
+            emulator=found["emulator"],
+            tune=tune,
+            test_rows=rows,
+            facts={
+                "label": self.label,
+                "kind": task.kind,
+                "public": self.public,
+                "changes": list(self.changes),
+                "budget": vars(self.budget),
+            },
+        )
+
+
+def cells(point: Point, tasks: Sequence[Task], seeds: Sequence[int], runner: CellRunner) -> list[Cell]:
+    """The point for all tasks and seeds, one seed after the other."""
+    return [point.cell(task, seed, runner) for seed in seeds for task in tasks]

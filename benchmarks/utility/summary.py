@@ -1,0 +1,69 @@
+"""Points as a Markdown table per measure: what reached the full model, at what protection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.cells.measured import MEASURES
+from benchmarks.cells.numbers import BRACKETS, HEADINGS, gain, number, table, with_interval
+
+AHEAD = 0.2
+"""A plug-in counts only where it is ahead of the tuned emulator by this share of the full gain."""
+
+_COLUMNS = (
+    *("task", "point", "seeds", "margin", "verbatim"),
+    *("full zero-shot", "full tuned", "emulator tuned", "plug-in", "gain", "ahead", "G"),
+)
+
+
+def order(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Points by kind of task, task and name."""
+    return facts["kind"], facts["task"], facts["label"]
+
+
+def ahead(found: Mapping[str, Any], measure: str) -> float | None:
+    """(plug-in − emulator tuned) / (full tuned − full zero-shot), both as improvements; None where G cannot be said."""
+    if not found["gain"]["usable"]:
+        return None
+    rows = {row: values["value"] for row, values in found["rows"].items()}
+    sign = -1 if measure == "loss" else 1
+    full = rows["full_tuned"] - rows["full_zero_shot"]
+    return sign * (rows["plug_in"] - rows["emulator_tuned"]) / (sign * full)
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The means over seeds, one table for each measure."""
+    entries = document["over_seeds"]
+    lines: list[str] = []
+    for measure in dict.fromkeys(measure for measures in MEASURES.values() for measure in measures):
+        rows = [_row(entry, measure) for entry in entries if measure in entry["measures"]]
+        if rows:
+            lines += ["", f"**{HEADINGS[measure]}**", "", *table(_COLUMNS, rows)]
+    lines += [
+        "",
+        f"ahead: how far the plug-in is ahead of the tuned emulator, as a share of the full gain; G in parentheses "
+        f"where that is less than {100 * AHEAD:.0f} %. {BRACKETS}",
+        *(f"`{command}`" for command in document.get("commands", ())),
+    ]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _row(entry: Mapping[str, Any], measure: str) -> list[str]:
+    found = entry["measures"][measure]
+    lead = ahead(found, measure)
+    shown = gain(found["gain"])
+    return [
+        entry["task"],
+        entry["label"],
+        str(len(entry["seeds"])),
+        f"{entry['loss_margin']:.2f}",
+        f"{100 * entry['verbatim_share']:.0f} %",
+        *(
+            number(measure, found["rows"][row]["value"])
+            for row in ("full_zero_shot", "full_tuned", "emulator_tuned", "plug_in")
+        ),
+        with_interval(measure, found["differences"]["plug_in - full_zero_shot"]),
+        "–" if lead is None else f"{100 * lead:.0f} %",
+        shown if lead is None or lead >= AHEAD else f"({shown})",
+    ]

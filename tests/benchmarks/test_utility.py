@@ -1,0 +1,96 @@
+"""``python -m benchmarks.utility`` on a tiny model: points, budgets in tokens, what counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cells.tasks import CHOICES_OF_77, TASKS, prepare
+from benchmarks.utility.__main__ import main
+from benchmarks.utility.plan import BUDGETS, Point
+from benchmarks.utility.summary import ahead, markdown
+from scaleot_ray.errors import ConfigError
+from tests.benchmarks.tiny_data import write_tiny_data
+from tests.tiny_models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("utility")
+    save_tiny(folder / "model")
+    write_tiny_data(folder / "data")
+    return folder
+
+
+def _run(place: Path, *more: str) -> int:
+    fixed = ["--model", str(place / "model"), "--data", str(place / "data"), "--output", str(place / "out")]
+    small = ["--stage-one-tokens", "1024", "--tuning-tokens", "500", "--test-share", "0.04", "--public", "wikitext2"]
+    emulator = ["--set", "emulator.plug_in_layers=2", "--set", "stage_one.start_tokens=512"]
+    return main([*fixed, *small, *emulator, "--threads", "1", "--device", "cpu", "--tasks", "arc_easy", *more])
+
+
+def test_points_differ_in_what_was_set(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(place) == 0
+    assert _run(place, "--label", "lora", "--set", "tune.method=lora", "--set", "stage_one.steps=3") == 0
+    assert main(["summary", "--output", str(place / "out"), "--json", str(place / "utility.json")]) == 0
+    document = json.loads((place / "utility.json").read_text())
+    points = {cell["label"]: cell for cell in document["cells"]}
+    assert points["defaults"]["settings"]["tune"]["method"] == "layers"
+    assert points["lora"]["settings"]["tune"]["method"] == "lora"
+    assert points["lora"]["settings"]["stage_one"]["steps"] == 3
+    # Tokens become steps: 1,024 of 4 × 128 in stage 1 and about 500 in tuning, whatever a row's length.
+    assert points["defaults"]["settings"]["stage_one"]["steps"] == 2
+    steps = points["defaults"]["settings"]["tune"]["steps"]
+    assert 2 <= steps <= 20
+    table = capsys.readouterr().out
+    assert "| arc_easy | lora |" in table
+    assert str(place) not in table
+
+
+def test_a_point_needs_known_keys(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(place, "--set", "tune.stepz=3") == 2
+    assert "steps" in capsys.readouterr().err
+    assert _run(place, "--set", "stage_two.steps=3") == 2
+    assert "stage_two" in capsys.readouterr().err
+    assert _run(place, "--label", "../x") == 2
+    with pytest.raises(ConfigError):
+        Point("x", "python", BUDGETS["small"], ("stage_one.steps=many",)).sections()
+
+
+def _entry(plug_in: float) -> dict[str, Any]:
+    values = {
+        "full_zero_shot": 3.0,
+        "emulator_zero_shot": 4.0,
+        "emulator_tuned": 2.8,
+        "plug_in": plug_in,
+        "full_tuned": 2.5,
+    }
+    interval = {"value": plug_in - 3.0, "low": -0.4, "high": -0.1}
+    measures = {
+        "rows": {row: {"value": value} for row, value in values.items()},
+        "differences": {"plug_in - full_zero_shot": interval},
+        "gain": {"usable": True, "value": (3.0 - plug_in) / 0.5, "low": 0.1, "high": 0.9, "reason": None},
+    }
+    facts = {"task": "t", "label": "l", "kind": "text", "seeds": {"0": 0}, "loss_margin": 1.0, "verbatim_share": 0.5}
+    return {**facts, "measures": {"loss": measures}}
+
+
+def test_a_gain_counts_only_ahead_of_the_tuned_emulator() -> None:
+    assert ahead(_entry(2.6)["measures"]["loss"], "loss") == pytest.approx(0.4)
+    assert "(0.80 [0.10, 0.90])" not in markdown({"over_seeds": [_entry(2.6)]})
+    behind = _entry(2.75)
+    assert ahead(behind["measures"]["loss"], "loss") == pytest.approx(0.1)
+    assert "(0.50 [0.10, 0.90])" in markdown({"over_seeds": [behind]})
+
+
+def test_banking_rows_hold_their_own_intent_once(tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path / "data")
+    for part in prepare(TASKS["banking77"], data, tmp_path / "work", rows=20, block_size=64):
+        rows = [json.loads(line) for line in Path(part.path).read_text().splitlines()]
+        assert rows
+        for row in rows:
+            assert row["choices"][row["label"]] == row["text"].replace("_", " ").rstrip("?")
+            assert len(set(row["choices"])) == len(row["choices"]) == CHOICES_OF_77
