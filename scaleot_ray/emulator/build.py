@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from scaleot_ray.emulator.layer_map import (
     positions,
     replaced_count,
 )
+from scaleot_ray.emulator.layer_replace import candidate_layers
 from scaleot_ray.emulator.rank_compression import compress
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
@@ -67,18 +69,11 @@ def build_emulator(
         on_progress: hears of ``compress`` and ``measure emulator``.
 
     Raises:
-        ConfigError: the settings hide nothing and ``allow_unprotected`` is off, or leave no middle
-            layers.
+        ConfigError: :func:`check_triplet` refuses the settings.
     """
+    check_triplet(layer_count(base.model.config), settings)
     roles = choose_layers(layer_count(base.model.config), stage_one, settings)
     hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))
-    if not hidden and not settings.allow_unprotected:
-        raise ConfigError(
-            f"emulator.alpha: {settings.alpha} replaces none of the {roles.count(LayerRole.KEPT)} middle layers, "
-            "so the emulator would hand over the model.",
-            "Raise emulator.alpha (0.25 or more), or set emulator.allow_unprotected for an experiment; "
-            "such an emulator is never sent.",
-        )
     tensors, verbatim = _tensors(base, stage_one, roles, settings, on_progress)
     full_parameters = sum(parameter.numel() for parameter in base.model.parameters())
     content = EmulatorContent(
@@ -114,6 +109,46 @@ def build_emulator(
         licence=licence_notice(base.licence),
     )
     return with_card(artifact)
+
+
+def check_triplet(layers: int, settings: EmulatorSettings) -> None:
+    """Refuses a triplet (N_a, α, β) that no emulator can be built for; stage 1 need not be done for that.
+
+    Args:
+        layers: of the full model.
+
+    Raises:
+        ConfigError: the settings hide nothing and ``allow_unprotected`` is off, leave no middle layers,
+            or replace more layers than stage 1 has harmonizers for.
+    """
+    middle, possible = replaceable_layers(layers, settings)
+    count = replaced_count(middle, settings.alpha)
+    if not count and not settings.allow_unprotected:
+        raise ConfigError(
+            f"emulator.alpha: {settings.alpha} replaces none of the {middle} middle layers, "
+            "so the emulator would hand over the model.",
+            "Raise emulator.alpha (0.25 or more), or set emulator.allow_unprotected for an experiment; "
+            "such an emulator is never sent.",
+        )
+    if count > possible:
+        # One harmonizer more would change what all others learn, for a layer that hardly anyone hides.
+        raise ConfigError(
+            f"emulator.alpha: {settings.alpha} with emulator.plug_in_layers {settings.plug_in_layers} replaces all "
+            f"{middle} middle layers, the last layer of the model among them, for which stage 1 has no harmonizer.",
+            f"Set emulator.plug_in_layers to 2 or more, or emulator.alpha to at most "
+            f"{math.floor(100 * possible / middle) / 100}.",
+        )
+
+
+def replaceable_layers(layers: int, settings: EmulatorSettings) -> tuple[int, int]:
+    """How many middle layers there are, and how many of them the builder can do without.
+
+    They differ with a single plug-in layer alone: stage 1 covers all layers but the first and the last.
+    """
+    middle = middle_layers(layers, plug_in_positions(layers, settings.plug_in_layers, settings.layout))
+    if settings.builder == "uniform_drop":
+        return len(middle), len(middle)
+    return len(middle), len(set(middle) & set(candidate_layers(layers)))
 
 
 def choose_layers(layers: int, stage_one: StageOne | None, settings: EmulatorSettings) -> list[LayerRole]:

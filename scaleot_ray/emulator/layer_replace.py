@@ -47,7 +47,7 @@ def candidate_layers(layers: int) -> tuple[int, ...]:
     """Layers that stage 1 trains harmonizers for: all but the first and the last.
 
     Every layout of two or more plug-in layers contains those two, so one stage-1 result serves any
-    number of plug-in layers.
+    number of plug-in layers. With a single one, the last layer is never replaced.
     """
     return tuple(range(1, layers - 1))
 

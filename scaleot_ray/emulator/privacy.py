@@ -15,9 +15,11 @@ from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.manifest import EmulatorContent
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.data.batches import Batch
-from scaleot_ray.emulator.build import FullModelFacts, build_emulator
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator, replaceable_layers
+from scaleot_ray.emulator.layer_map import replaced_count
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
+from scaleot_ray.families import layer_count
 from scaleot_ray.families.loading import BaseModel
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
@@ -93,8 +95,10 @@ def build_for_privacy(
     assert settings.privacy is not None
     bounds = LEVELS[settings.privacy]
     tried: list[Rung] = []
-    meter = ProgressMeter(f"privacy {settings.privacy}", len(LADDER), on_progress)
-    for alpha, beta in LADDER:
+    middle, possible = replaceable_layers(layer_count(base.model.config), settings)
+    ladder = [(alpha, beta) for alpha, beta in LADDER if replaced_count(middle, alpha) <= possible]
+    meter = ProgressMeter(f"privacy {settings.privacy}", len(ladder), on_progress)
+    for alpha, beta in ladder:
         changed = settings.model_copy(update={"alpha": alpha, "beta": beta})
         artifact = build_emulator(base, stage_one, changed, facts, held_out, on_progress)
         content = artifact.manifest.content

@@ -23,7 +23,9 @@ Value = str | int | float | bool
 
 
 def gguf_metadata(path: Path) -> dict[str, Value]:
-    """Scalar and string metadata of a GGUF file (arrays, such as the vocabulary, are stepped over).
+    """Scalar and string metadata of a GGUF file.
+
+    Arrays, such as the vocabulary, are stepped over; how many items they have stands under ``KEY.length``.
 
     Raises:
         ConfigError: the file is no GGUF file of version 2 or 3, or ends before its last tensor does.
@@ -54,6 +56,7 @@ def _entries(data: mmap.mmap) -> tuple[dict[str, Value], int]:
         (kind,) = struct.unpack_from("<I", data, at)
         at += 4
         if kind == _ARRAY:
+            (values[f"{key}.length"],) = struct.unpack_from("<Q", data, at + 4)
             at = _after_array(data, at)
         elif kind == _STRING:
             values[key], at = _string(data, at)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,11 @@ class BaseModel:
         """How artefacts call the model: its id, or the last part of a path, which says nothing of the machine."""
         path = Path(self.source).expanduser()
         return path.resolve().name if path.exists() else self.source
+
+    @cached_property
+    def digest(self) -> str:
+        """:func:`model_digest` of the weights as they were loaded; computed once, since it reads them all."""
+        return model_digest(self.model)
 
 
 def load_base_model(settings: ModelSettings) -> BaseModel:

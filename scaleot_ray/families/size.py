@@ -70,5 +70,7 @@ def _from_header(metadata: dict[str, Value]) -> ModelSize:
     keys = width * number("attention.head_count_kv", heads) // heads
     # Gate, up and down; query and output; key and value; norms and biases are a rounding error beside them.
     layer = 3 * width * number("feed_forward_length", 4 * width) + 2 * width * width + 2 * width * keys
-    layers, vocabulary = number("block_count"), number("vocab_size")
+    # Many converters leave the vocabulary's size out; its tokens are there in any case.
+    vocabulary = number("vocab_size") or int(metadata.get("tokenizer.ggml.tokens.length", 0))
+    layers = number("block_count")
     return ModelSize(layers * layer + 2 * vocabulary * width, layer, layers, width, vocabulary)

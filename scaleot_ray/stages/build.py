@@ -17,13 +17,14 @@ from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
 from scaleot_ray.artifacts.provenance import licence_notice, model_name
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
-from scaleot_ray.emulator.build import FullModelFacts, build_emulator
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator, check_triplet
 from scaleot_ray.emulator.layer_replace import train_stage_one
 from scaleot_ray.emulator.privacy import build_for_privacy
-from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.emulator.stage_one import StageOne, steps_done
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.evaluation.loss import evaluate_loss
-from scaleot_ray.families.loading import BaseModel, load_base_model, model_digest
+from scaleot_ray.families import layer_count
+from scaleot_ray.families.loading import BaseModel, load_base_model
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.public_text import PublicText, read_public_text
@@ -92,8 +93,9 @@ def build(
         raise ConfigError(f"output: {output} exists already.", "Give another folder, or --overwrite.")
     with _timed(seconds, "load"):
         base = model if isinstance(model, BaseModel) else load_base_model(model)
-        digest = model_digest(base.model)
-        key = identity(version=__version__, model=digest, public=data_digest(public), stage_one=stage_one)
+        if emulator.privacy is None:
+            check_triplet(layer_count(base.model.config), emulator)  # before hours are spent on stage 1
+        key = identity(version=__version__, model=base.digest, public=data_digest(public), stage_one=stage_one)
         folder = cache / key[:16] if cache is not None else None
     record = None
     if folder is not None:
@@ -110,7 +112,7 @@ def build(
         if emulator.builder == "scaleot":
             result, reused = _stage_one(base, text, stage_one, folder, on_progress)
     with _timed(seconds, "emulator"):
-        facts = FullModelFacts(digest, _full_loss(base, text, folder, on_progress))
+        facts = FullModelFacts(base.digest, _full_loss(base, text, folder, on_progress))
         reached = None
         if emulator.privacy is None:
             artifact = build_emulator(base, result, emulator, facts, text.held_out, on_progress)
@@ -118,9 +120,10 @@ def build(
             chosen = build_for_privacy(base, result, emulator, facts, text.held_out, on_progress)
             artifact, reached = chosen.artifact, chosen.as_json()
         _leave(artifact, audit)
-        write_artifact(artifact, output, overwrite=overwrite)
         if record is not None:
+            # First, so that whoever stops us in between finds the emulator to be this command's own.
             write_record(record, {"digest": artifact.digest, "privacy": reached})
+        write_artifact(artifact, output, overwrite=overwrite)
     return BuildResult(output, artifact.manifest, reused, seconds, reached)
 
 
@@ -132,7 +135,7 @@ def _stage_one(
     on_progress: OnProgress | None,
 ) -> tuple[StageOne, bool]:
     checkpoint = folder / "stage_one.safetensors" if folder is not None else None
-    reused = checkpoint is not None and checkpoint.exists() and StageOne.load(checkpoint)[0].step >= settings.steps
+    reused = checkpoint is not None and checkpoint.exists() and steps_done(checkpoint) >= settings.steps
     result = train_stage_one(base.model, base.family, text.batches, text.held_out, settings, checkpoint, on_progress)
     return result, reused
 

@@ -9,7 +9,7 @@ from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ConfigError
-from scaleot_ray.families.loading import BaseModel, model_digest
+from scaleot_ray.families.loading import BaseModel
 from scaleot_ray.plugin import export_checkpoint, export_peft
 from scaleot_ray.tuning import from_artifact
 
@@ -56,7 +56,7 @@ def check_same_model(base: BaseModel, emulator: Manifest) -> None:
     Raises:
         ConfigError: weights, types or config differ.
     """
-    expected, found = emulator_content(emulator).base_digest, model_digest(base.model)
+    expected, found = emulator_content(emulator).base_digest, base.digest
     if found != expected:
         raise ConfigError(
             f"model.path: {base.source} is not the model the emulator was built from "

@@ -24,6 +24,7 @@ from scaleot_ray.families.loading import (
     resolve_device,
     tokenizer_files,
 )
+from scaleot_ray.families.size import model_size
 from scaleot_ray.families.sources import UNKNOWN_LICENCE
 from tests.tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -282,7 +283,7 @@ def test_an_empty_model_has_the_type_asked_for() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def _write_gguf(path: Path, architecture: str = "llama") -> Any:
+def _write_gguf(path: Path, architecture: str = "llama", vocab_size: bool = True) -> Any:
     """The tiny Llama as an unquantised GGUF file, the way llama.cpp's converter lays it out."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     config = model.config
@@ -297,7 +298,8 @@ def _write_gguf(path: Path, architecture: str = "llama") -> Any:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
+    if vocab_size:
+        writer.add_vocab_size(config.vocab_size)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(backend["vocab"], key=backend["vocab"].get))
@@ -349,6 +351,17 @@ def test_gguf_metadata_is_read_without_the_tensors(tmp_path: Path) -> None:
     assert metadata["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert "tokenizer.ggml.tokens" not in metadata
     assert metadata["tokenizer.ggml.eos_token_id"] == 2
+    assert metadata["tokenizer.ggml.tokens.length"] == 97
+
+
+@pytest.mark.parametrize("vocab_size", [True, False])
+def test_the_size_of_a_gguf_model_counts_its_embedding(tmp_path: Path, vocab_size: bool) -> None:
+    model = _write_gguf(tmp_path / "tiny.gguf", vocab_size=vocab_size)
+    size = model_size(ModelSettings(path=str(tmp_path / "tiny.gguf")))
+    assert (size.vocabulary, size.layers, size.width) == (97, 8, 32)
+    # At most what is there and a head of its own, and nearly all of it.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.98 * parameters < size.parameters < 1.1 * parameters
 
 
 def test_a_gguf_file_cut_anywhere_is_refused(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ConfigError, DataError
 from scaleot_ray.progress import Progress
+from scaleot_ray.stages import build as build_stage
 from scaleot_ray.stages.build import BuildResult, build
 from scaleot_ray.stages.public_text import HELD_OUT, read_public_text
 from tests.stages.conftest import Built
@@ -73,6 +75,51 @@ def test_an_existing_output_is_kept(built: Built, tmp_path: Path) -> None:
     again(built, tmp_path / "e")
     with pytest.raises(ConfigError, match="exists already"):
         again(built, tmp_path / "e")
+
+
+def test_stopped_after_writing_the_same_command_finds_its_own(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def write_and_stop(artifact: Artifact, directory: Path, overwrite: bool) -> None:
+        write_artifact(artifact, directory, overwrite=overwrite)
+        raise Stopped
+
+    settings = EmulatorSettings(alpha=0.25, beta=0.25, plug_in_layers=2)
+    monkeypatch.setattr(build_stage, "write_artifact", write_and_stop)
+    with pytest.raises(Stopped):
+        again(built, tmp_path / "e", emulator=settings, resume=True)
+    monkeypatch.undo()
+    heard: list[Progress] = []
+    found = again(built, tmp_path / "e", emulator=settings, resume=True, on_progress=heard.append)
+    assert not heard
+    assert read_artifact(tmp_path / "e").digest == found.manifest.digest()
+    with pytest.raises(ConfigError, match="holds something else"):
+        again(built, tmp_path / "e", resume=True)
+
+
+def test_one_plug_in_layer_leaves_the_last_layer_as_it_is(built: Built, tmp_path: Path) -> None:
+    settings = EmulatorSettings(alpha=0.85, plug_in_layers=1)
+    content = emulator_content(again(built, tmp_path / "e", emulator=settings).manifest)
+    assert content.layer_map == ["plug_in", *["replaced"] * 6, "kept"]
+    heard: list[Progress] = []
+    with pytest.raises(
+        ConfigError, match=r"emulator.alpha: 1.0 with emulator.plug_in_layers 1 replaces all 7"
+    ) as caught:
+        again(
+            built,
+            tmp_path / "f",
+            emulator=settings.model_copy(update={"alpha": 1.0}),
+            cache=tmp_path / "c",
+            on_progress=heard.append,
+        )
+    assert "at most 0.85" in caught.value.remedy
+    assert not heard  # said before stage 1
+    # A privacy level's ladder leaves such a rung out, and says that the level cannot be met.
+    with pytest.raises(ConfigError, match=r"emulator.privacy: high asks"):
+        again(built, tmp_path / "f", emulator=EmulatorSettings(privacy="high", plug_in_layers=1))
 
 
 def test_a_privacy_level_that_cannot_be_met_is_an_error(built: Built, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.data import HoldOut, open_rows
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
-from scaleot_ray.families.loading import load_base_model
+from scaleot_ray.families import loading
+from scaleot_ray.families.loading import load_base_model, model_digest
 from scaleot_ray.progress import Progress
+from scaleot_ray.stages import evaluate as evaluate_stage
 from scaleot_ray.stages.evaluate import evaluate_rows
 from scaleot_ray.stages.plug import plug_in
 from scaleot_ray.stages.tune import tune_emulator
@@ -70,6 +72,33 @@ def test_all_rows(built: Built, delta: Artifact, tmp_path: Path) -> None:
     assert not heard
     assert table_json(again) == values
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{row}.json" for row in ROWS)
+
+
+def test_rows_of_another_version_are_measured_again(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Progress] = []
+    for version, measured in (("1", True), ("1", False), ("2", True)):
+        monkeypatch.setattr(evaluate_stage, "__version__", version)
+        table(built, rows=("full_zero_shot",), base=built.base, folder=tmp_path, on_progress=heard.append)
+        assert bool(heard) == measured
+        heard.clear()
+
+
+def test_a_models_digest_is_computed_once(
+    built: Built, delta: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[Any] = []
+
+    def counted(model: Any) -> str:
+        computed.append(model)
+        return model_digest(model)
+
+    monkeypatch.setattr(loading, "model_digest", counted)
+    inputs = {**everything(built, delta), "base": replace(built.base)}
+    table(built, rows=("full_zero_shot", "plug_in"), folder=tmp_path, **inputs)
+    assert len(computed) == 1
+    assert replace(built.base).digest == built.base.digest == model_digest(built.base.model)
 
 
 def test_rows_without_their_inputs_stay_out(built: Built, delta: Artifact) -> None:
