@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.config import DataSettings, TuneSettings
@@ -20,7 +21,7 @@ from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.evaluation.score import Score
 from scaleot_ray.evaluation.table import ROWS, TenantTable
 from scaleot_ray.families import family_of
-from scaleot_ray.families.loading import BaseModel, load_tokenizer, model_digest, resolve_device
+from scaleot_ray.families.loading import BaseModel, load_tokenizer, resolve_device
 from scaleot_ray.plugin import plug
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
@@ -208,7 +209,7 @@ class _Evaluation:
 
     def _key(self, row: str) -> str:
         digests: dict[str, Callable[[Any], Any]] = {
-            "base": lambda base: model_digest(base.model),
+            "base": lambda base: base.digest,
             # Tuning the full model needs to know which layers, and nothing else of the emulator.
             "emulator": lambda emulator: (
                 list(emulator_content(emulator.manifest).plug_in_positions) if row == "full_tuned" else emulator.digest
@@ -218,6 +219,7 @@ class _Evaluation:
             "tune": lambda tune: tune.model_dump(mode="json", exclude={"checkpoint_every"}),
         }
         return identity(
+            version=__version__,
             row=row,
             test=data_digest(self.test),
             limit=self.limit,

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.manifest import EmulatorContent, MetricsContent
-from scaleot_ray.artifacts.storage import read_artifact, write_artifact
+from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data import TokenBatches, padding_id, token_examples
 from scaleot_ray.emulator.assemble import assemble, emulator_content
@@ -30,6 +31,8 @@ from scaleot_ray.stages.score import TestRows, numbers
 from scaleot_ray.tuning import Delta, tune
 
 RECORD = "tune.json"  # stays with the data owner: its key depends on the private rows
+
+_PARTS = ("delta", "metrics")
 
 
 @dataclass
@@ -95,6 +98,7 @@ def tune_emulator(
     """
     start = time.monotonic()
     key = identity(
+        version=__version__,
         emulator=emulator.digest,
         tune=tune.model_dump(mode="json", exclude={"checkpoint_every"}),
         train=data_digest(train),
@@ -105,7 +109,8 @@ def tune_emulator(
         if audit is not None:
             _leave([finished.delta, read_artifact(output / "metrics")], name, emulator, audit)
         return finished
-    if not overwrite and any((output / part).exists() for part in ("delta", "metrics")):
+    overwrite = overwrite or _began(output, key)
+    if not overwrite and any((output / part).exists() for part in _PARTS):
         raise ConfigError(
             f"output: {output} holds the result of another tuning.", "Give another folder, or --overwrite."
         )
@@ -130,11 +135,11 @@ def tune_emulator(
     metrics = with_card(Artifact.made_from(emulator.manifest, "metrics", MetricsContent(values=values)))
     if audit is not None:
         _leave([artifact, metrics], name, emulator, audit)
-    (output / RECORD).unlink(missing_ok=True)
+    seconds = time.monotonic() - start
+    # First, so that the same command, stopped before all is written, knows what is there as its own.
+    write_record(output / RECORD, {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds})
     write_artifact(artifact, output / "delta", overwrite=overwrite)
     write_artifact(metrics, output / "metrics", overwrite=overwrite)
-    seconds = time.monotonic() - start
-    write_record(output / RECORD, {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds})
     shutil.rmtree(output / "checkpoint", ignore_errors=True)
     return TuneResult(output, artifact, values, seconds)
 
@@ -183,6 +188,18 @@ def tune_layers(
 def _leave(artifacts: list[Artifact], name: str, emulator: Artifact, audit: AuditLog) -> None:
     for artifact in artifacts:
         cross(artifact, data_owner(name), MODEL_OWNER, audit, parent=emulator.manifest)
+
+
+def _began(output: Path, key: str) -> bool:
+    """Whether what ``output`` holds was written by the very tuning that ``key`` stands for, stopped while writing."""
+    record = read_record(output / RECORD)
+    if record.get("key") != key:
+        return False
+    try:
+        there = {part: read_manifest(output / part).digest() for part in _PARTS if (output / part).exists()}
+    except ArtifactRefused:
+        return False
+    return all(digest == record.get(part) for part, digest in there.items())
 
 
 def _finished(output: Path, key: str) -> TuneResult | None:
