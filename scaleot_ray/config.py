@@ -143,6 +143,16 @@ class EmulatorSettings(Settings):
         False, description="build what hides nothing, for experiments; such an artefact is never sent"
     )
 
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> EmulatorSettings:
+        beside = [name for name in ("alpha", "beta") if name in self.model_fields_set]
+        if self.privacy is not None and beside:
+            raise ValueError(
+                f"privacy={self.privacy} chooses alpha and beta, but {' and '.join(beside)} "
+                f"{'is' if len(beside) == 1 else 'are'} given too; leave out privacy, or alpha and beta"
+            )
+        return self
+
 
 class TuneSettings(Settings):
     """A data owner's tuning of the plug-in layers."""
@@ -167,12 +177,30 @@ class TuneSettings(Settings):
         "float32", description="arithmetic of the forward pass; weights keep the type they arrived in"
     )
     gradient_checkpointing: bool = False
-    evaluate_every: int | None = Field(None, ge=1, description="steps between two evaluations on held-out rows")
-    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without improvement")
+    evaluate_every: int | None = Field(None, ge=1, description="steps between two evaluations on validation rows")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many evaluations without improvement, and take the weights of the best one",
+    )
+    validation_fraction: Number = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="with evaluate_every and without validation rows of their own: share of the training rows "
+        "(whole rows or documents, drawn by seed) that is kept out of training for them",
+    )
     checkpoint_every: int = Field(
         50, ge=1, description="steps between two checkpoints; one is also written after every minute"
     )
     seed: int = 0
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys that a result depends on, as plain values: equal ones give the same delta."""
+        unused = {"checkpoint_every"}  # changes when something is written, not what
+        if self.evaluate_every is None:
+            unused.add("validation_fraction")
+        return self.model_dump(mode="json", exclude=unused)
 
 
 class TenantSettings(Settings):
@@ -181,9 +209,14 @@ class TenantSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     train: DataSettings
     test: DataSettings
+    validation: DataSettings | None = Field(
+        None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
+    )
     cpus: int = Field(1, ge=1, description="processors it tunes with, and the evaluator measures its rows with")
     gpus: Number = Field(0.0, ge=0, description="GPUs, or a share of one, for the same")
-    tune: TuneSettings | None = Field(None, description="taken instead of the run's tune section for this data owner")
+    tune: TuneSettings | None = Field(
+        None, description="keys that differ for this data owner; the others come from the run's tune section"
+    )
 
 
 class RunSettings(Settings):
@@ -201,7 +234,9 @@ class RunSettings(Settings):
         description="declare an evaluator that holds the full model and the tenants' test data; "
         "without it the rows that need both secrets stay empty",
     )
-    evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks per tenant")
+    evaluate_examples: int | None = Field(
+        None, ge=1, description="at most so many test rows or blocks per tenant, and so many for validation"
+    )
     owner_cpus: int = Field(2, ge=1, description="processors the model owner builds with")
     owner_gpus: Number = Field(0.0, ge=0)
 
@@ -212,6 +247,22 @@ class RunSettings(Settings):
         if twice:
             raise ValueError(f"tenants: the name {twice[0]!r} is used twice; give each data owner its own name")
         return self
+
+    @model_validator(mode="after")
+    def _validation_is_used(self) -> RunSettings:
+        for index, tenant in enumerate(self.tenants):
+            if tenant.validation is not None and self.tune_of(tenant).evaluate_every is None:
+                raise ValueError(
+                    f"tenants.{index}.validation: nothing evaluates on these rows; "
+                    "set tune.evaluate_every, or leave validation out"
+                )
+        return self
+
+    def tune_of(self, tenant: TenantSettings) -> TuneSettings:
+        """How a data owner tunes: the run's section, with the keys that the data owner's own section gives."""
+        if tenant.tune is None:
+            return self.tune
+        return self.tune.model_copy(update={key: getattr(tenant.tune, key) for key in tenant.tune.model_fields_set})
 
 
 Section = TypeVar("Section", bound=Settings)
@@ -243,9 +294,13 @@ def parse(section: type[Section], values: dict[str, Any], source: str = "setting
             raise ConfigError(f"{source}: unknown key {key!r}.", hint) from None
         if first["type"] == "missing":
             raise ConfigError(f"{source}: {key!r} is missing.", f"Add it: {_describe(section, first['loc'])}") from None
-        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {key}: {message}{found}.", f"{_describe(section, first['loc'])}") from None
+        if first["type"] == "value_error":  # of our own validators: problem; remedy
+            problem, _, remedy = first["msg"].removeprefix("Value error, ").partition("; ")
+            place = f"{source}: {key}" if first["loc"] else source
+            way_out = f"{remedy[:1].upper()}{remedy[1:]}." if remedy else _describe(section, first["loc"])
+            raise ConfigError(f"{place}: {problem}.", way_out) from None
+        problem = f"{source}: {key}: {first['msg']}, found {first['input']!r}."
+        raise ConfigError(problem, _describe(section, first["loc"])) from None
 
 
 def load_yaml(section: type[Section], path: str | Path, overrides: Iterable[str] = ()) -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,59 @@ def test_tenant_names_are_file_names(name: str) -> None:
 def test_a_run_needs_a_tenant() -> None:
     with pytest.raises(ConfigError, match="tenants"):
         parse(RunSettings, {**run_values(), "tenants": []})
+
+
+class TestTuneOfTenant:
+    def test_keys_that_are_not_given_come_from_the_run(self) -> None:
+        values = run_values()
+        values["tune"] = {"steps": 7, "learning_rate": 1e-3, "evaluate_every": 5}
+        values["tenants"][1]["tune"] = {"method": "lora", "evaluate_every": None}
+        settings = parse(RunSettings, values)
+        alice, bob = (settings.tune_of(tenant) for tenant in settings.tenants)
+        assert alice == settings.tune
+        assert (bob.method, bob.steps, bob.learning_rate, bob.evaluate_every) == ("lora", 7, 1e-3, None)
+
+    def test_a_default_that_is_given_counts(self) -> None:
+        values = run_values()
+        values["tune"] = {"steps": 7}
+        values["tenants"][0]["tune"] = {"steps": 100}
+        settings = parse(RunSettings, values)
+        assert settings.tune_of(settings.tenants[0]).steps == 100
+
+    def test_it_survives_the_way_to_an_actor(self) -> None:
+        values = run_values()
+        values["tune"] = {"steps": 7}
+        values["tenants"][0]["tune"] = {"method": "lora"}
+        settings = pickle.loads(pickle.dumps(parse(RunSettings, values)))
+        assert settings.tune_of(settings.tenants[0]).steps == 7
+
+    def test_validation_rows_that_nothing_uses(self) -> None:
+        values = run_values()
+        values["tenants"][1]["validation"] = {"path": "v.jsonl"}
+        with pytest.raises(ConfigError, match=r"tenants\.1\.validation: nothing evaluates on these rows") as caught:
+            parse(RunSettings, values)
+        assert caught.value.remedy.startswith("Set tune.evaluate_every")
+        values["tenants"][1]["tune"] = {"evaluate_every": 5}
+        assert parse(RunSettings, values).tenants[1].validation is not None
+
+
+def test_a_result_depends_on_the_decisive_keys_only() -> None:
+    plain = TuneSettings()
+    assert plain.decisive() == TuneSettings(checkpoint_every=3, validation_fraction=0.3).decisive()
+    assert plain.decisive() != TuneSettings(steps=3).decisive()
+    with_part = [TuneSettings(evaluate_every=5, validation_fraction=share).decisive() for share in (0.1, 0.3)]
+    assert with_part[0] != with_part[1]
+
+
+@pytest.mark.parametrize("beside", [{"alpha": 0.5}, {"beta": 0.2}, {"alpha": 0.25, "beta": 0.2}])
+def test_a_privacy_level_and_its_outcome_exclude_each_other(beside: dict[str, float]) -> None:
+    # 0.5 is the default of alpha: that it was given counts, not its value.
+    values = {**run_values(), "emulator": {"privacy": "medium", **beside}}
+    with pytest.raises(ConfigError, match=rf"run\.yaml: emulator: privacy=medium .* {' and '.join(beside)} ") as caught:
+        parse(RunSettings, values, "run.yaml")
+    assert caught.value.remedy == "Leave out privacy, or alpha and beta."
+    assert parse(EmulatorSettings, {"privacy": "medium"}).privacy == "medium"
+    assert parse(EmulatorSettings, {"privacy": None, **beside}).privacy is None
 
 
 def test_settings_are_immutable() -> None:

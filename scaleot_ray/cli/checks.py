@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 GIB = 2**30
 RAY_SECONDS = 120  # a Ray that has not started by then will not
+MARK = "SCALEOT_DOCTOR"  # in the environment of every process of the doctor's Ray
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,32 @@ def deepspeed() -> Check:
 
 def ray_checks() -> Iterator[Check]:
     """Ray starts, and its object store hands out arrays without copying them."""
-    command = [sys.executable, "-m", "scaleot_ray.cli.ray_probe"]
+    from scaleot_ray.federation.machine import session_folder
+    from scaleot_ray.federation.processes import end_marked
+
     try:
-        probe = subprocess.run(command, capture_output=True, text=True, timeout=RAY_SECONDS, check=False)
+        folder = session_folder()
+    except OSError as error:
+        yield Check("ray", "fail", f"no folder for its session files: {error}", _RAY_REMEDY)
+        return
+    mark = secrets.token_hex(8)
+    command = [sys.executable, "-m", "scaleot_ray.cli.ray_probe", str(folder)]
+    try:
+        probe = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=RAY_SECONDS,
+            check=False,
+            env={**os.environ, MARK: mark},
+        )
     except subprocess.TimeoutExpired:
         yield Check("ray", "fail", f"did not start within {RAY_SECONDS} s", _RAY_REMEDY)
         return
+    finally:
+        # Ray's processes outlive a probe that had to be killed; all of them inherit the mark.
+        end_marked(MARK, mark)
+        shutil.rmtree(folder, ignore_errors=True)
     if probe.returncode != 0:
         lines = [line for line in probe.stderr.splitlines() if line.strip()] or ["no message"]
         yield Check("ray", "fail", f"does not start: {lines[-1][:200]}", _RAY_REMEDY)
@@ -198,7 +220,7 @@ def ray_checks() -> Iterator[Check]:
 
 _RAY_REMEDY = (
     "Stop Rays that were left running (ray stop), check that localhost resolves and the temporary folder is "
-    "writable; the logs are in /tmp/ray/session_latest/logs."
+    "writable and not full."
 )
 
 

@@ -68,6 +68,9 @@ def demo_settings(model: str | None, output: Path, overrides: list[str]) -> RunS
 
     text = write_demo_text(output / "text")
     values = {**demo_defaults(), "model": section, **text_sections(text), "output": str(output)}
+    if (override({}, overrides).get("emulator") or {}).get("privacy") is not None:
+        # The level chooses them; those of demo.yaml are not the user's.
+        values["emulator"] = {key: value for key, value in values["emulator"].items() if key not in ("alpha", "beta")}
     return parse(RunSettings, override(values, overrides), "scaleot demo")
 
 

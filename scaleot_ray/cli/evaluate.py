@@ -40,6 +40,9 @@ def evaluate_command(
     emulator: Annotated[str | None, typer.Option(help="Folder of an emulator.")] = None,
     delta: Annotated[str | None, typer.Option(help="Folder of a delta that was tuned on that emulator.")] = None,
     train: Annotated[str | None, typer.Option(help="Training rows; adds the row full_tuned.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Rows for tune.evaluate_every of full_tuned. Default: a part of --train.")
+    ] = None,
     rows: Annotated[
         str | None, typer.Option(help="Rows of the table, by commas. Default: all that the inputs allow.")
     ] = None,
@@ -85,6 +88,8 @@ def evaluate_command(
             values["model"] = given(path=model, device=device, dtype=dtype)
         if train is not None:
             values["train"] = data_section(train, task, column, prompt_template, choice)
+        if validation is not None:
+            values["validation"] = data_section(validation, task, column, prompt_template, choice)
         if rows is not None:
             values["rows"] = [row.strip() for row in rows.split(",") if row.strip()]
         evaluate(parse(EvaluateSettings, override(values, overrides), "scaleot eval"), out)
@@ -114,6 +119,7 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
             train=settings.train,
             tune=settings.tune,
             evaluate_examples=settings.evaluate_examples,
+            validation=settings.validation,
             batch_size=settings.batch_size,
             block_size=settings.block_size,
             device=settings.device,

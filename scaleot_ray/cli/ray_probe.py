@@ -1,6 +1,7 @@
 """Starts a small Ray, shares an array and prints what it found as JSON.
 
-A program of its own, so that ``scaleot doctor`` can give up on a Ray that hangs.
+A program of its own, so that ``scaleot doctor`` can give up on a Ray that hangs; the folder for Ray's
+session files is its argument.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import sys
 import time
 
 
-def probe() -> dict[str, float | bool]:
-    """Seconds until a task has answered, and whether it read the array without a copy."""
+def probe(folder: str) -> dict[str, float | bool]:
+    """Seconds until a task has answered, and whether it read the array without a copy.
+
+    Args:
+        folder: for Ray's session files, as short as :func:`scaleot_ray.federation.machine.session_folder` makes it.
+    """
     start = time.monotonic()
     import numpy
     import ray
@@ -24,6 +29,7 @@ def probe() -> dict[str, float | bool]:
         object_store_memory=128 * 2**20,
         log_to_driver=False,
         configure_logging=False,
+        _temp_dir=folder,
     )
     try:
 
@@ -43,7 +49,7 @@ if __name__ == "__main__":
     # Ray prints where it likes; only the last line is ours.
     saved = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    found = probe()
+    found = probe(sys.argv[1])
     saved.write(json.dumps(found) + "\n")
     saved.flush()
     sys.exit(0)

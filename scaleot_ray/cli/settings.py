@@ -42,11 +42,18 @@ class TuneCommandSettings(Settings):
     emulator: str = Field(description="folder of an emulator artefact")
     name: str = Field("data owner", description="name of the data owner, for progress and records")
     train: DataSettings
-    test: DataSettings | None = Field(None, description="held-out rows: evaluation, early stopping, metrics")
+    test: DataSettings | None = Field(
+        None, description="held-out rows for the metrics; nothing about tuning depends on them"
+    )
+    validation: DataSettings | None = Field(
+        None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
+    )
     tune: TuneSettings = TuneSettings()
     output: str = Field(description="folder; output/delta and output/metrics are what may be sent back")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
-    evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks")
+    evaluate_examples: int | None = Field(
+        None, ge=1, description="at most so many test rows or blocks, and so many for validation"
+    )
     overwrite: bool = Field(False, description="replace an earlier result in output")
 
 
@@ -72,8 +79,13 @@ class EvaluateSettings(Settings):
     test: DataSettings
     train: DataSettings | None = Field(None, description="training rows; for full_tuned only")
     tune: TuneSettings = Field(TuneSettings(), description="how full_tuned is tuned")
+    validation: DataSettings | None = Field(
+        None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
+    )
     rows: tuple[RowName, ...] | None = Field(None, description="rows of the table; default: all that the inputs allow")
-    evaluate_examples: int | None = Field(None, ge=1, description="at most so many test rows or blocks")
+    evaluate_examples: int | None = Field(
+        None, ge=1, description="at most so many test rows or blocks, and so many for validation"
+    )
     batch_size: int = Field(8, ge=1)
     block_size: int = Field(128, ge=8, description="tokens per sequence")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")

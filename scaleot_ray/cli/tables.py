@@ -28,7 +28,8 @@ MEASURES = {
 def show_standard_table(console: Console, tenants: Sequence[Mapping[str, Any]]) -> None:
     """The five rows with one column per tenant, then Δ and the recovered gain G.
 
-    Multiple-choice tenants get the same rows once more for each of their further measures.
+    A loss has its perplexity beside it. Multiple-choice tenants get the same rows once more for each of
+    their further measures.
 
     Args:
         console: where to print.
@@ -49,19 +50,24 @@ def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str,
     from rich import box
     from rich.table import Table
 
+    rows = [row for row in ROW_TITLES if any(values.get(row) is not None for _, _, values in columns)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for name, measure, _ in columns:
+    cells = []
+    for name, measure, values in columns:
         table.add_column(f"{name}\n{MEASURES.get(measure, measure)}", justify="right")
-    values = [column[2] for column in columns]
-    for row, title in ROW_TITLES.items():
-        if any(value.get(row) is not None for value in values):
-            table.add_row(title, *(number(value.get(row)) for value in values))
+        cells.append([*(number(values.get(row)) for row in rows), delta_text(values), gain_text(values.get("gain"))])
+        if "perplexity" in values:
+            table.add_column("\nperplexity ↓", justify="right")
+            cells.append([*(perplexity_text(values["perplexity"].get(row)) for row in rows), "", ""])
+    *scores, delta, gain = zip(*cells, strict=True)
+    for row, texts in zip(rows, scores, strict=True):
+        table.add_row(ROW_TITLES[row], *texts)
     table.add_section()
-    if any(value.get("delta") is not None for value in values):
-        table.add_row("Δ plug-in − emulator tuned", *(delta_text(value) for value in values))
-    if any(value.get("full_tuned") is not None for value in values):
-        table.add_row("G recovered gain", *(gain_text(value.get("gain")) for value in values))
+    if any(values.get("delta") is not None for _, _, values in columns):
+        table.add_row("Δ plug-in − emulator tuned", *delta)
+    if any(values.get("full_tuned") is not None for _, _, values in columns):
+        table.add_row("G recovered gain", *gain)
     console.print(table)
 
 
@@ -98,6 +104,14 @@ def privacy_text(privacy: Mapping[str, Any]) -> str:
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
     return "–" if value is None else f"{value:.3f}"
+
+
+def perplexity_text(value: float | None) -> str:
+    """About three digits, ``20.1`` or ``1234``; a dash where it is not known."""
+    if value is None:
+        return "–"
+    digits = 2 if value < 10 else 1 if value < 1000 else 0
+    return f"{value:.{digits}f}" if value < 1e6 else f"{value:.1e}"
 
 
 def bytes_text(count: float) -> str:

@@ -36,7 +36,11 @@ def tune_command(
     emulator: Annotated[str, typer.Option(help="Folder of the emulator the model owner sent.")],
     train: Annotated[str, typer.Option(help="Private training rows: .txt, .jsonl, .parquet, .arrow or a folder.")],
     output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta is what goes back.")],
-    test: Annotated[str | None, typer.Option(help="Held-out rows, for evaluation and early stopping.")] = None,
+    test: Annotated[str | None, typer.Option(help="Held-out rows to measure before and after tuning.")] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(help="Rows for tune.evaluate_every. Default: a part of --train (tune.validation_fraction)."),
+    ] = None,
     task: TaskOption = None,
     column: ColumnOption = [],  # noqa: B006  typer copies it
     prompt_template: TemplateOption = None,
@@ -76,6 +80,8 @@ def tune_command(
             values["test"] = data_section(test, task, column, prompt_template, choice)
         tune(parse(TuneCommandSettings, override(values, overrides), "scaleot tune"), out)
 
+        if validation is not None:
+            values["validation"] = data_section(validation, task, column, prompt_template, choice)
 
 def tune(settings: TuneCommandSettings, out: Output) -> None:
     """Tunes and shows what came out (the command and the job alike)."""
@@ -96,6 +102,7 @@ def tune(settings: TuneCommandSettings, out: Output) -> None:
             on_progress=bars,
         )
     document: dict[str, Any] = {
+            validation=settings.validation,
         "schema": "scaleot.tune/1",
         "directory": str(result.directory),
         "method": settings.tune.method,
@@ -108,8 +115,14 @@ def tune(settings: TuneCommandSettings, out: Output) -> None:
         console.print(
             f"tuned {settings.tune.method} in {clock(result.seconds)}; "
             f"the delta is {bytes_text(result.delta.nbytes)} in {result.directory / 'delta'}"
+        "steps": result.steps,
+        "validation": [{"step": step, "loss": loss} for step, loss in result.validation],
         )
         for name, value in result.metrics.items():
             console.print(f"  {name}  {value:.4g}")
 
     out.result(document, show)
+        if result.validation:
+            step, loss = min(result.validation, key=lambda evaluation: evaluation[1])
+            taken = "" if settings.tune.patience is not None else "; without tune.patience the last weights are taken"
+            console.print(f"  validation loss {loss:.4g} at step {step}, the best of {result.steps} steps{taken}")

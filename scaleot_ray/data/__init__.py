@@ -2,11 +2,13 @@
 
 from scaleot_ray.data.batches import Batch, TokenBatches, collate, fixed, padding_id
 from scaleot_ray.data.examples import ChoiceExample, TokenExample, choice_examples, token_examples
+from scaleot_ray.data.holdout import HoldOut
 from scaleot_ray.data.rows import Row, Rows, open_rows
 
 __all__ = [
     "Batch",
     "ChoiceExample",
+    "HoldOut",
     "Row",
     "Rows",
     "TokenBatches",

@@ -60,7 +60,11 @@ class Examples(Iterable[Example], Generic[Example]):
 
 
 def token_examples(
-    settings: DataSettings, tokenizer: Any, block_size: int, too_long: TooLong = "error"
+    settings: DataSettings,
+    tokenizer: Any,
+    block_size: int,
+    too_long: TooLong = "error",
+    part: Callable[[Rows], Rows] | None = None,
 ) -> Examples[TokenExample]:
     """A dataset as sequences of at most ``block_size`` tokens.
 
@@ -77,6 +81,7 @@ def token_examples(
         tokenizer: a Hugging Face tokenizer.
         block_size: tokens per sequence.
         too_long: what to do with longer rows of the last three tasks: stop, or cut the prompt's start.
+        part: takes some of the rows, e.g. :meth:`scaleot_ray.data.holdout.HoldOut.training`; default: all.
 
     Raises:
         DataError: here or while iterating: the dataset cannot be read, a row is not what the settings
@@ -95,11 +100,15 @@ def token_examples(
             ids, labels = _sequence(row, settings, encoder, prompt)
             yield _fit(ids, labels, block_size, too_long, row.where)
 
-    return _started(Examples(open_rows(settings), blocks if settings.task == "text" else sequences))
+    return _started(Examples(_rows(settings, part), blocks if settings.task == "text" else sequences))
 
 
 def choice_examples(
-    settings: DataSettings, tokenizer: Any, block_size: int, too_long: TooLong = "error"
+    settings: DataSettings,
+    tokenizer: Any,
+    block_size: int,
+    too_long: TooLong = "error",
+    part: Callable[[Rows], Rows] | None = None,
 ) -> Examples[ChoiceExample]:
     """A multiple-choice dataset for :func:`scaleot_ray.evaluation.choice.evaluate_choice`.
 
@@ -110,6 +119,7 @@ def choice_examples(
         tokenizer: a Hugging Face tokenizer.
         block_size: tokens of the prompt and the longest answer together.
         too_long: what to do with longer rows: stop, or cut the prompt's start.
+        part: takes some of the rows; default: all.
 
     Raises:
         DataError: as :func:`token_examples`.
@@ -128,7 +138,12 @@ def choice_examples(
             context = _cut(context, room, too_long, row.where, block_size)
             yield ChoiceExample(context, continuations, choices.label, [len(text) for text in choices.texts])
 
-    return _started(Examples(open_rows(settings), questions))
+    return _started(Examples(_rows(settings, part), questions))
+
+
+def _rows(settings: DataSettings, part: Callable[[Rows], Rows] | None) -> Rows:
+    rows = open_rows(settings)
+    return rows if part is None else part(rows)
 
 
 def _started(examples: Examples[Example]) -> Examples[Example]:

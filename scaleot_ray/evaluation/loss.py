@@ -39,12 +39,17 @@ class LossScore:
     @property
     def perplexity(self) -> float:
         """e to the loss; infinite beyond what a float holds."""
-        return math.exp(self.value) if self.value < 700 else math.inf
+        return perplexity(self.value)
 
     def blocks(self, measure: str) -> Blocks:
         """The loss block by block."""
         assert measure == "loss"
         return Blocks(self.sums, self.counts, higher_is_better=False)
+
+
+def perplexity(loss: float) -> float:
+    """e to a loss in nats per token; infinite beyond what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def evaluate_loss(

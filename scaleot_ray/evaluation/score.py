@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -45,10 +46,17 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class ReportedScore:
-    """A value that another party measured on rows of its own: no blocks, therefore no interval."""
+    """What another party measured on rows of its own: numbers without blocks, therefore without intervals.
+
+    Attributes:
+        metric: ``loss`` or ``accuracy``.
+        value: the metric's value.
+        further: other measures by name, e.g. ``normalised``.
+    """
 
     metric: str
     value: float
+    further: Mapping[str, float] = field(default_factory=dict)
 
     def blocks(self, measure: str) -> Blocks | None:
         """Always None."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scaleot_ray.evaluation.gain import MINIMUM_BLOCKS, Gain, difference, gain_between, unusable
-from scaleot_ray.evaluation.score import Blocks, Score
+from scaleot_ray.evaluation.loss import perplexity
+from scaleot_ray.evaluation.score import Blocks, ReportedScore, Score
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
-# Measures beside the metric itself, shown in a section of their own.
-_SECONDARY = {"loss": (), "accuracy": ("normalised", "log_likelihood")}
+SECONDARY: dict[str, tuple[str, ...]] = {"loss": (), "accuracy": ("normalised", "log_likelihood")}
+"""Measures beside each metric, in a section of their own."""
 
 
 @dataclass
@@ -35,10 +37,17 @@ class TenantTable:
             if score is not None and score.metric != self.metric:
                 raise ValueError(f"{row} holds {score.metric}, the table {self.metric}")
 
-    def value(self, row: str) -> float | None:
-        """The metric's value in a row; None where it was not measured."""
+    def value(self, row: str, measure: str | None = None) -> float | None:
+        """A measure's value in a row (default: the metric's); None where it is not known."""
         score = self.rows.get(row)
-        return None if score is None else float(score.value)
+        if score is None:
+            return None
+        if measure is None or measure == self.metric:
+            return float(score.value)
+        if isinstance(score, ReportedScore):
+            return score.further.get(measure)
+        blocks = score.blocks(measure)
+        return None if blocks is None else blocks.mean
 
     def blocks(self, row: str, measure: str) -> Blocks | None:
         """A measure of a row block by block; None where it is not known."""
@@ -69,23 +78,22 @@ def table_json(table: TenantTable, seed: int = 0, samples: int = 2000) -> dict[s
 
     Keys: ``name``, ``metric``, the five rows (number or null), ``delta`` = plug_in − emulator_tuned,
     ``delta_interval`` ([low, high] or null), ``gain`` {value, low, high, usable, reason}; for accuracy also
-    ``normalised`` and ``log_likelihood``, each with the same keys from the rows on; ``blocks``: test rows measured.
+    ``normalised`` and ``log_likelihood``, each with the same keys from the rows on; for loss also ``perplexity``
+    with the five rows; ``blocks``: test rows measured.
     """
     result: dict[str, Any] = {"name": table.name, "metric": table.metric}
     result.update(_section(table, table.metric, seed, samples))
-    for measure in _SECONDARY[table.metric]:
+    for measure in SECONDARY[table.metric]:
         result[measure] = _section(table, measure, seed, samples)
+    if table.metric == "loss":
+        result["perplexity"] = {row: _perplexity(table.value(row)) for row in ROWS}
     measured = [blocks for row in ROWS if (blocks := table.blocks(row, table.metric)) is not None]
     result["blocks"] = len(measured[0].counts) if measured else None
     return result
 
 
 def _section(table: TenantTable, measure: str, seed: int, samples: int) -> dict[str, Any]:
-    values: dict[str, float | None] = {}
-    for row in ROWS:
-        blocks = table.blocks(row, measure)
-        reported = table.value(row) if measure == table.metric else None
-        values[row] = reported if blocks is None else blocks.mean
+    values = {row: table.value(row, measure) for row in ROWS}
     plug_in, tuned = values["plug_in"], values["emulator_tuned"]
     after, before = table.blocks("plug_in", measure), table.blocks("emulator_tuned", measure)
     interval = None
@@ -105,3 +113,8 @@ def _section(table: TenantTable, measure: str, seed: int, samples: int) -> dict[
             "reason": gain.reason,
         },
     }
+
+
+def _perplexity(loss: float | None) -> float | None:
+    found = None if loss is None else perplexity(loss)
+    return found if found is not None and math.isfinite(found) else None

@@ -22,8 +22,8 @@ class Part:
 
     Attributes:
         tenant: its own section of the settings.
-        tune: how it tunes (the run's section, or its own).
-        evaluate_examples: at most so many test rows.
+        tune: how it tunes (the run's section with its own keys).
+        evaluate_examples: at most so many test rows, and so many validation rows.
         output: its own folder.
     """
 
@@ -67,6 +67,7 @@ class DataOwner(Role):
             Path(part.output),
             name=part.tenant.name,
             test=part.tenant.test,
+            validation=part.tenant.validation,
             device="auto",
             evaluate_examples=part.evaluate_examples,
             overwrite=True,

@@ -14,12 +14,14 @@ from scaleot_ray.federation.coordinator import evaluator
 from scaleot_ray.federation.data_owner import Part
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared
 from scaleot_ray.federation.role import Role
-from scaleot_ray.stages.evaluate import evaluate_rows
+from scaleot_ray.stages.evaluate import INPUTS, evaluate_rows
+
+WITH_DELTA = {row for row, inputs in INPUTS.items() if "delta" in inputs}
 
 
 @ray.remote(max_restarts=0)
 class Evaluator(Role):
-    """Measures the rows of one tenant's table that need both secrets.
+    """Measures the rows of one tenant's table that need both secrets, and the emulator's row that Δ is against.
 
     Args:
         cpus: threads it computes with.
@@ -43,7 +45,7 @@ class Evaluator(Role):
         part, tenant = self._part, self._part.tenant
         shared = from_shared(ray.get(emulator[0]))
         delta: Shared | None = None
-        if "plug_in" in rows:
+        if WITH_DELTA & set(rows):
             delta = ray.get(self.coordinator.delta.remote(tenant.name))
         if self._base is None:
             self._base = load_base_model(self._model)
@@ -61,5 +63,6 @@ class Evaluator(Role):
             folder=Path(part.output),
             on_progress=self.reporter(),
         )
+            validation=tenant.validation,
         check_unchanged(shared, self.name)
         return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import torch
 
 _SHARED_MEMORY = Path("/dev/shm")
+_SOCKET_PATH_LIMIT = 40  # Ray appends about 65 characters; unix sockets take 107
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ def usable_memory() -> int:
         used = _first_line(Path("/sys/fs/cgroup/memory.current"))
         free = min(free, int(limit) - int(used or 0))
     return max(free, 0)
+
+
+def session_folder() -> Path:
+    """A new folder for the session files of a Ray of our own; who asks for it removes it.
+
+    It lies in the temporary folder, or where that has too long a name for Ray's sockets in /tmp.
+    """
+    short = len(tempfile.gettempdir()) <= _SOCKET_PATH_LIMIT - len("/scaleot-12345678")
+    return Path(tempfile.mkdtemp(prefix="scaleot-", dir=None if short else "/tmp"))
 
 
 def free_disk(folder: Path) -> int:

@@ -64,7 +64,7 @@ def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
     full = size.parameters * weight
     harmonizers = size.layers * (2 * size.width * stage_one.harmonizer_rank + size.width + stage_one.harmonizer_rank)
     emulator = full + harmonizers * weight
-    tunes = {tenant.name: tenant.tune or settings.tune for tenant in settings.tenants}
+    tunes = {tenant.name: settings.tune_of(tenant) for tenant in settings.tenants}
     trained = {name: trained_parameters(tune, settings.emulator.plug_in_layers, size) for name, tune in tunes.items()}
     deltas = sum(4 * count for count in trained.values())
     return Needs(

@@ -36,7 +36,9 @@ from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.build import BuildResult
 
 FULL_ROWS = ("full_zero_shot", "full_tuned")
-ALL_ROWS = (*FULL_ROWS, "plug_in")
+# The data owner has sent the tuned emulator's value as a number. The evaluator measures it again, block by
+# block: an interval for Δ needs the same blocks in both rows, and no more of a data owner's rows has to be sent.
+ALL_ROWS = (*FULL_ROWS, "emulator_tuned", "plug_in")
 
 _LOOK_SECONDS = 0.2
 _UNWIND_SECONDS = 3.0
@@ -180,8 +182,9 @@ class Phases:
         return Work(role, settings.cpus, settings.gpus, memory[tenant.name].total, lambda: begin(tenant, role))
 
     def _part(self, tenant: Tenant, output: Path) -> Part:
-        tune = tenant.settings.tune or self.settings.tune
-        return Part(tenant.settings, tune, self.settings.evaluate_examples, str(output))
+        return Part(
+            tenant.settings, self.settings.tune_of(tenant.settings), self.settings.evaluate_examples, str(output)
+        )
 
     def _tune(self, tenant: Tenant, role: str) -> None:
         tenant.tuning = True
@@ -307,7 +310,8 @@ def _result(tenant: Tenant) -> TenantResult:
 
 
 def _rows_bytes(settings: TenantSettings) -> int:
-    """Bytes of a tenant's two datasets on disk."""
-    paths = {source.path for data in (settings.train, settings.test) for source in find_sources(data)}
+    """Bytes of a tenant's datasets on disk."""
+    datasets = [data for data in (settings.train, settings.test, settings.validation) if data is not None]
+    paths = {source.path for data in datasets for source in find_sources(data)}
     files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
     return sum(file.stat().st_size for file in files)

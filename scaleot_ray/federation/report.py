@@ -9,9 +9,10 @@ from typing import Any
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.emulator.layer_map import LayerRole, positions
-from scaleot_ray.evaluation.score import ReportedScore, Score
+from scaleot_ray.evaluation.score import Score
 from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
 from scaleot_ray.stages.record import write_record
+from scaleot_ray.stages.score import reported
 
 SCHEMA = "scaleot.run/1"
 FILE = "report.json"
@@ -42,8 +43,8 @@ class TenantResult:
         """The tenant's row of the report; rows that nobody may measure are null."""
         rows: dict[str, Score | None] = dict(self.measured.rows) if self.measured is not None else {}
         for row in ROWS:
-            if row in self.metrics and rows.get(row) is None:
-                rows[row] = ReportedScore(self.metric, self.metrics[row])
+            if rows.get(row) is None:
+                rows[row] = reported(self.metrics, row, self.metric)
         return {
             **table_json(TenantTable(self.name, self.metric, rows)),
             "delta_bytes": self.delta_bytes,

@@ -79,6 +79,8 @@ def check_data(settings: RunSettings) -> None:
     datasets = {"public": settings.public}
     for index, tenant in enumerate(settings.tenants):
         datasets |= {f"tenants.{index}.train": tenant.train, f"tenants.{index}.test": tenant.test}
+        if tenant.validation is not None:
+            datasets[f"tenants.{index}.validation"] = tenant.validation
     for key, data in datasets.items():
         try:
             find_sources(data)
@@ -99,7 +101,13 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
         }
     )
     tenants = tuple(
-        tenant.model_copy(update={"train": data(tenant.train), "test": data(tenant.test)})
+        tenant.model_copy(
+            update={
+                "train": data(tenant.train),
+                "test": data(tenant.test),
+                "validation": tenant.validation and data(tenant.validation),
+            }
+        )
         for tenant in settings.tenants
     )
     output = str(Path(settings.output).expanduser().absolute())

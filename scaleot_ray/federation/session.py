@@ -11,7 +11,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +21,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
-from scaleot_ray.federation.machine import Machine, usable_memory
+from scaleot_ray.federation.machine import Machine, session_folder, usable_memory
 from scaleot_ray.federation.processes import end_marked
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
 _SHUTDOWN_SECONDS = 4.0  # it takes 1.5
-_SOCKET_PATH_LIMIT = 40  # Ray appends about 65 characters; unix sockets take 107
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _connected(address: str, debug: bool) -> Iterator[None]:
 @contextmanager
 def _started(cpus: int, gpus: int, object_store_bytes: int, debug: bool) -> Iterator[None]:
     mark = secrets.token_hex(8)
-    folder = Path(tempfile.mkdtemp(prefix="scaleot-", dir=_short_folder()))
+    folder = session_folder()
     # Ray prints what happens to workers, whatever log_to_driver says; we say it in our own words.
     worker = ray._private.worker
     talkative, worker._worker_logs_enabled = worker._worker_logs_enabled, debug
@@ -167,10 +165,6 @@ def _session(private: bool) -> Session:
         int(resources.get("object_store_memory", 0)),
         logs,
     )
-
-
-def _short_folder() -> str | None:
-    return None if len(tempfile.gettempdir()) <= _SOCKET_PATH_LIMIT - len("/scaleot-12345678") else "/tmp"
 
 
 @contextmanager

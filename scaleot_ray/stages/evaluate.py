@@ -53,6 +53,7 @@ def evaluate_rows(
     emulator: Artifact | None = None,
     delta: Artifact | None = None,
     train: DataSettings | None = None,
+    validation: DataSettings | None = None,
     tune: TuneSettings | None = None,
     evaluate_examples: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -72,7 +73,8 @@ def evaluate_rows(
             ``full_tuned`` (which layers are tuned).
         delta: for ``emulator_tuned`` and ``plug_in``.
         train, tune: for ``full_tuned``: the same layers, steps and batches on the full model.
-        evaluate_examples: at most so many test rows or blocks.
+        validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
+        evaluate_examples: at most so many test rows or blocks, and so many validation rows or blocks.
         batch_size: sequences per forward pass.
         block_size: tokens per test sequence.
         device: where the emulator is put; the full model stays where it is.
@@ -90,7 +92,19 @@ def evaluate_rows(
         if row not in ROWS:
             raise ConfigError(f"rows: {row!r} is no row of the standard table.", f"Take some of {', '.join(ROWS)}.")
     work = _Evaluation(
-        name, test, base, emulator, delta, train, tune, evaluate_examples, batch_size, block_size, device, folder
+        name,
+        test,
+        base,
+        emulator,
+        delta,
+        train,
+        validation,
+        tune,
+        evaluate_examples,
+        batch_size,
+        block_size,
+        device,
+        folder,
     )
     scores: dict[str, Score | None] = {}
     for row in ROWS:
@@ -110,6 +124,7 @@ class _Evaluation:
     emulator: Artifact | None
     delta: Artifact | None
     train: DataSettings | None
+    validation: DataSettings | None
     tune: TuneSettings | None
     limit: int | None
     batch_size: int
@@ -169,13 +184,14 @@ class _Evaluation:
             emulator_content(self.emulator.manifest),
             base.tokenizer,
             self.train,
+            self.validation,
             settings,
-            self._test_rows,
+            self.limit,
             f"tune full {self.name}",
             checkpoint,
             True,
             on_progress,
-        )
+        ).delta
         with plug(base.model, base.family, delta):
             score = self._score(base.model, row, on_progress)
         if checkpoint is not None:
@@ -216,8 +232,11 @@ class _Evaluation:
             ),
             "delta": lambda delta: delta.digest,
             "train": data_digest,
-            "tune": lambda tune: tune.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "tune": lambda tune: tune.decisive(),
         }
+        validation = {}
+        if row == "full_tuned" and self.validation is not None:
+            validation = {"validation": data_digest(self.validation)}
         return identity(
             version=__version__,
             row=row,
@@ -225,7 +244,7 @@ class _Evaluation:
             limit=self.limit,
             block_size=self.block_size,
             too_long=self.tune.too_long if self.tune is not None else "error",
-            inputs={name: digests[name](getattr(self, name)) for name in INPUTS[row]},
+            inputs={name: digests[name](getattr(self, name)) for name in INPUTS[row]} | validation,
         )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 from scaleot_ray.config import DataSettings
-from scaleot_ray.data import Batch, TokenExample, choice_examples, fixed, padding_id, token_examples
+from scaleot_ray.data import Batch, Rows, TokenExample, choice_examples, fixed, padding_id, token_examples
 from scaleot_ray.data.examples import TooLong
 from scaleot_ray.evaluation.choice import ChoiceScore, evaluate_choice
 from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
+from scaleot_ray.evaluation.score import ReportedScore
+from scaleot_ray.evaluation.table import SECONDARY
 from scaleot_ray.progress import OnProgress
 
 BATCH_SIZE = 8
@@ -30,6 +32,7 @@ class TestRows:
         limit: rows or blocks at most; None takes all.
         too_long: what to do with longer rows.
         batch_size: sequences per forward pass.
+        part: takes some of the rows; default: all.
 
     Raises:
         DataError: rows cannot be read, or are not what the settings say.
@@ -45,14 +48,15 @@ class TestRows:
         limit: int | None = None,
         too_long: TooLong = "error",
         batch_size: int = BATCH_SIZE,
+        part: Callable[[Rows], Rows] | None = None,
     ) -> None:
         self.metric = "accuracy" if settings.task == "choice" else "loss"
         self._pad, self._batch_size = padding_id(tokenizer), batch_size
         if self.metric == "accuracy":
-            questions = choice_examples(settings, tokenizer, block_size, too_long)
+            questions = choice_examples(settings, tokenizer, block_size, too_long, part)
             self._questions = list(itertools.islice(questions, limit))
         else:
-            examples = token_examples(settings, tokenizer, block_size, too_long)
+            examples = token_examples(settings, tokenizer, block_size, too_long, part)
             self._batches = _Batches(list(itertools.islice(examples, limit)), batch_size, self._pad)
 
     def score(
@@ -77,6 +81,14 @@ def numbers(score: LossScore | ChoiceScore, name: str) -> dict[str, float]:
     if isinstance(score, ChoiceScore):
         values |= {f"{name}.normalised": score.normalised, f"{name}.log_likelihood": score.mean_log_likelihood}
     return values
+
+
+def reported(values: Mapping[str, float], name: str, metric: str) -> ReportedScore | None:
+    """What :func:`numbers` was given, as far as its numbers tell; None where the metric is not among them."""
+    if name not in values:
+        return None
+    further = {measure: values[key] for measure in SECONDARY[metric] if (key := f"{name}.{measure}") in values}
+    return ReportedScore(metric, values[name], further)
 
 
 class _Batches(Sized):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.manifest import EmulatorContent, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
-from scaleot_ray.data import TokenBatches, padding_id, token_examples
+from scaleot_ray.data import HoldOut, TokenBatches, padding_id, token_examples
 from scaleot_ray.emulator.assemble import assemble, emulator_content
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.families import Family, family_of
@@ -28,7 +28,7 @@ from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.limits import check_block_size, vocabulary_size
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import TestRows, numbers
-from scaleot_ray.tuning import Delta, tune
+from scaleot_ray.tuning import Tuned, tune
 
 RECORD = "tune.json"  # stays with the data owner: its key depends on the private rows
 
@@ -44,12 +44,16 @@ class TuneResult:
         delta: the delta.
         metrics: the numbers in ``metrics``.
         seconds: of the work; of the earlier one where a finished result was found.
+        validation: (step, loss) of every evaluation on validation rows; stays with the data owner.
+        steps: optimizer steps done; fewer than asked for where patience ran out.
     """
 
     directory: Path
     delta: Artifact
     metrics: dict[str, float]
     seconds: float
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    steps: int | None = None
 
 
 def tune_emulator(
@@ -60,6 +64,7 @@ def tune_emulator(
     *,
     name: str = "data owner",
     test: DataSettings | None = None,
+    validation: DataSettings | None = None,
     device: str = "auto",
     evaluate_examples: int | None = None,
     overwrite: bool = False,
@@ -78,10 +83,11 @@ def tune_emulator(
         tune: method, steps, rates.
         output: the data owner's folder.
         name: of the data owner, for progress.
-        test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``, and for
-            early stopping.
+        test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``. Nothing
+            about tuning depends on them.
+        validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
         device: where to compute.
-        evaluate_examples: at most so many test rows or blocks.
+        evaluate_examples: at most so many test rows or blocks, and so many validation rows or blocks.
         overwrite: replace another result in ``output``.
         resume: take a finished result of the same emulator, rows and settings as it is, and go on from a
             checkpoint of them; False starts afresh.
@@ -100,10 +106,11 @@ def tune_emulator(
     key = identity(
         version=__version__,
         emulator=emulator.digest,
-        tune=tune.model_dump(mode="json", exclude={"checkpoint_every"}),
+        tune=tune.decisive(),
         train=data_digest(train),
         test=data_digest(test) if test is not None else None,
         evaluate_examples=evaluate_examples,
+        **({"validation": data_digest(validation)} if validation is not None else {}),
     )
     if resume and (finished := _finished(output, key)) is not None:
         if audit is not None:
@@ -125,23 +132,35 @@ def tune_emulator(
     if rows is not None:
         values |= numbers(rows.score(model, f"emulator zero shot {name}", on_progress), "emulator_zero_shot")
     checkpoint = output / "checkpoint" / f"{key[:16]}.safetensors"
-    delta = tune_layers(
-        model, family, content, tokenizer, train, tune, rows, f"tune {name}", checkpoint, resume, on_progress
+    tuned = tune_layers(
+        model,
+        family,
+        content,
+        tokenizer,
+        train,
+        validation,
+        tune,
+        evaluate_examples,
+        f"tune {name}",
+        checkpoint,
+        resume,
+        on_progress,
     )
     if rows is not None:
-        with plug(model, family, delta):
+        with plug(model, family, tuned.delta):
             values |= numbers(rows.score(model, f"emulator tuned {name}", on_progress), "emulator_tuned")
-    artifact = delta.to_artifact(emulator.manifest)
+    artifact = tuned.delta.to_artifact(emulator.manifest)
     metrics = with_card(Artifact.made_from(emulator.manifest, "metrics", MetricsContent(values=values)))
     if audit is not None:
         _leave([artifact, metrics], name, emulator, audit)
-    seconds = time.monotonic() - start
+    seconds, history = time.monotonic() - start, tuned.history
+    record = {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds}
     # First, so that the same command, stopped before all is written, knows what is there as its own.
-    write_record(output / RECORD, {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds})
+    write_record(output / RECORD, {**record, "validation": history.evaluations, "steps": history.steps})
     write_artifact(artifact, output / "delta", overwrite=overwrite)
     write_artifact(metrics, output / "metrics", overwrite=overwrite)
     shutil.rmtree(output / "checkpoint", ignore_errors=True)
-    return TuneResult(output, artifact, values, seconds)
+    return TuneResult(output, artifact, values, seconds, history.evaluations, history.steps)
 
 
 def tune_layers(
@@ -150,27 +169,37 @@ def tune_layers(
     content: EmulatorContent,
     tokenizer: Any,
     train: DataSettings,
+    validation: DataSettings | None,
     settings: TuneSettings,
-    rows: TestRows | None,
+    evaluate_examples: int | None,
     stage: str,
     checkpoint: Path | None,
     resume: bool,
     on_progress: OnProgress | None,
-) -> Delta:
-    """Tunes the plug-in layers of an emulator, or the same layers of the full model on the same batches."""
+) -> Tuned:
+    """Tunes the plug-in layers of an emulator, or the same layers of the full model on the same batches.
+
+    Where ``settings`` ask for evaluations, they are made on ``validation``, or without it on rows of
+    ``train`` that are then not trained on.
+    """
     check_block_size(model.config, settings.block_size, "tune.block_size")
-    examples = token_examples(train, tokenizer, settings.block_size, settings.too_long)
+    if validation is not None and settings.evaluate_every is None:
+        raise ConfigError(
+            "validation: nothing evaluates on these rows.", "Set tune.evaluate_every, or leave validation out."
+        )
+    hold_out = None
+    if settings.evaluate_every is not None and validation is None:
+        hold_out = HoldOut(settings.validation_fraction, settings.seed)
+    block_size, too_long = settings.block_size, settings.too_long
+    examples = token_examples(train, tokenizer, block_size, too_long, hold_out.training if hold_out else None)
     batches = TokenBatches(
         examples, settings.batch_size, padding_id(tokenizer), settings.seed, vocab_size=vocabulary_size(model)
     )
     evaluate: Callable[[], float] | None = None
     if settings.evaluate_every is not None:
-        if rows is None:
-            raise ConfigError(
-                "tune.evaluate_every: there are no test rows to evaluate on.", "Give test rows, or leave it out."
-            )
-        test = rows
-        evaluate = lambda: test.loss(model)  # noqa: E731
+        part = hold_out.validation if hold_out else None
+        rows = TestRows(validation or train, tokenizer, block_size, evaluate_examples, too_long, part=part)
+        evaluate = lambda: rows.loss(model)  # noqa: E731
     return tune(
         model,
         family,
@@ -182,7 +211,7 @@ def tune_layers(
         resume=resume,
         on_progress=on_progress,
         stage=stage,
-    ).delta
+    )
 
 
 def _leave(artifacts: list[Artifact], name: str, emulator: Artifact, audit: AuditLog) -> None:
@@ -215,4 +244,6 @@ def _finished(output: Path, key: str) -> TuneResult | None:
     if (delta.digest, metrics.digest) != (record.get("delta"), record.get("metrics")):
         return None
     assert isinstance(metrics.manifest.content, MetricsContent)
-    return TuneResult(output, delta, dict(metrics.manifest.content.values), float(record["seconds"]))
+    evaluations = [(int(step), float(value)) for step, value in record.get("validation", ())]
+    values = dict(metrics.manifest.content.values)
+    return TuneResult(output, delta, values, float(record["seconds"]), evaluations, record.get("steps"))

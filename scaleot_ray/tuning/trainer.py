@@ -101,7 +101,7 @@ def tune(
     Args:
         model: a causal LM whose layers at ``positions`` are raw: an emulator or a full model.
         batches: seeded and re-iterable; one step takes ``settings.accumulate`` of them.
-        evaluate: value on held-out rows, lower is better (nats per token); called every
+        evaluate: value on validation rows, lower is better (nats per token); called every
             ``settings.evaluate_every`` steps and after the last, with the model in evaluation mode.
             With ``settings.patience`` the best state seen is the one that counts in the end.
         checkpoint: file of the run's checkpoint, written every ``settings.checkpoint_every`` steps,
@@ -124,11 +124,10 @@ def tune(
     run: dict[str, Any] = {}
     if checkpoint is not None:
         prepare_place(checkpoint)
-        exclude = {"checkpoint_every"}  # changes when something is written, not what
         run = {
             "model": model_fingerprint(model),
             "positions": list(positions),
-            **{f"tune.{key}": value for key, value in settings.model_dump(exclude=exclude).items()},
+            **{f"tune.{key}": value for key, value in settings.decisive().items()},
         }
         saved = read_checkpoint(checkpoint) if resume else None
         if saved is not None:
@@ -242,8 +241,8 @@ def _check(settings: TuneSettings, device: torch.device, evaluate: Callable[[], 
         )
     if settings.evaluate_every is not None and evaluate is None:
         raise ConfigError(
-            "tune.evaluate_every is set, but there are no held-out rows to evaluate on.",
-            "Give test data, or leave tune.evaluate_every and tune.patience out.",
+            "tune.evaluate_every is set, but there are no validation rows to evaluate on.",
+            "Give validation rows, or leave tune.evaluate_every and tune.patience out.",
         )
 
 

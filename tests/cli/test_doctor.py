@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from scaleot_ray.cli import checks
 from scaleot_ray.cli.checks import GIB
+from scaleot_ray.federation import machine
 from tests.cli.command import scaleot
 
 
@@ -125,6 +128,54 @@ def test_a_ray_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = ray_probe(monkeypatch, subprocess.TimeoutExpired("probe", 120))
     assert check.status == "fail"
     assert "120 s" in check.found
+
+
+def test_the_probe_uses_a_folder_of_its_own_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a run keeps Ray's session files, the doctor does: whether Ray starts may depend on the folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(machine, "_SOCKET_PATH_LIMIT", 1000)
+    used = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        used.append(Path(command[-1]))
+        assert used[-1].is_dir()
+        (used[-1] / "session_latest").mkdir()
+        return SimpleNamespace(returncode=0, stdout='{"seconds": 3.0, "zero_copy": true}\n', stderr="")
+
+    monkeypatch.setattr(checks.subprocess, "run", run)
+    assert [check.status for check in checks.ray_checks()] == ["ok", "ok"]
+    assert used[0].parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_that_had_to_be_killed_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Ray that hangs has started processes already; they outlive the probe."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(machine, "_SOCKET_PATH_LIMIT", 1000)
+    real, children = subprocess.run, []
+    script = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+
+    def run(command: list[str], **options: Any) -> Any:
+        try:
+            return real([command[0], "-c", script], **{**options, "timeout": 3})
+        except subprocess.TimeoutExpired as error:
+            children.append(int(error.stdout))
+            assert psutil.pid_exists(children[0])
+            raise
+
+    monkeypatch.setattr(checks.subprocess, "run", run)
+    (check,) = checks.ray_checks()
+    assert check.status == "fail"
+    assert not psutil.pid_exists(children[0]) or psutil.Process(children[0]).status() == psutil.STATUS_ZOMBIE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(machine, "_SOCKET_PATH_LIMIT", 1000)
+    (check,) = checks.ray_checks()
+    assert check.status == "fail"
+    assert "temporary folder" in check.remedy
 
 
 def test_a_store_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,18 @@ class TestTable:
         assert "loss, nats/token ↓" in text
         assert "accuracy ↑" in text
 
+    def test_a_loss_has_its_perplexity_beside(self) -> None:
+        rows = {"full_zero_shot": 21.98, "emulator_zero_shot": None, "emulator_tuned": 1234.5, "plug_in": 2.5e7}
+        choice = {**TENANT, "name": "bob", "metric": "accuracy"}
+        text = shown({**TENANT, "perplexity": {**rows, "full_tuned": 1.234}}, choice)
+        assert text.count("perplexity ↓") == 1
+        lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
+        assert lines["full zero-shot"][-3:] == ["3.090", "22.0", "3.090"]
+        assert lines["emulator zero-shot"][-3:] == ["4.220", "–", "4.220"]
+        assert lines["emulator tuned"][-2] == "1234"
+        assert lines["plug-in"][-2] == "2.5e+07"
+        assert lines["full tuned"][-2] == "1.23"
+
     def test_rows_that_nobody_has_are_left_out(self) -> None:
         text = shown({**TENANT, "full_tuned": None, "gain": None})
         assert "full tuned" not in text

@@ -14,6 +14,7 @@ import yaml
 
 from tests.cli.command import PROJECT, Warm, started
 from tests.cli.conftest import BUILD, STAGE_ONE, TUNE, write_rows
+from tests.cli.test_documents import undocumented
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 
@@ -69,6 +70,43 @@ def test_a_data_owner_needs_the_emulator_only(place: Path, tmp_path: Path, warm:
     assert "tuned/delta" in done.out
 
 
+def test_early_stopping_on_a_part_of_the_training_rows(place: Path, tmp_path: Path, warm: Warm) -> None:
+    arguments = ["tune", "--emulator", place / "emulator", "--train", place / "train.jsonl", *TUNE]
+    every = ["--set", "tune.evaluate_every=2", "--set", "tune.patience=1", "--format", "json"]
+    done = warm.scaleot(*arguments, *every, "--output", "tuned", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert [evaluation["step"] for evaluation in done.json["validation"]] == [2, 4][: len(done.json["validation"])]
+    assert all(evaluation["loss"] > 0 for evaluation in done.json["validation"])
+    assert done.json["steps"] in (2, 4)
+    assert undocumented(done.json) == set()
+
+    shown = warm.scaleot(
+        *arguments, *every[:2], "--validation", place / "test.jsonl", "--output", "other", cwd=tmp_path
+    )
+    assert "validation loss" in shown.out
+    assert "without tune.patience the last weights are taken" in shown.out
+
+    unused = warm.scaleot(*arguments, "--validation", place / "test.jsonl", "--output", "unused", cwd=tmp_path)
+    assert unused.code == 2
+    assert "tune.evaluate_every" in unused.err
+
+    few = warm.scaleot(*arguments, *every, "--set", "tune.validation_fraction=0.001", "--output", "few", cwd=tmp_path)
+    assert (few.code, few.error["type"]) == (2, "DataError")
+    assert "tune.validation_fraction" in few.error["message"]
+    assert "--validation FILE" in few.error["remedy"]
+
+
+def test_a_privacy_level_beside_alpha_is_refused(place: Path, warm: Warm) -> None:
+    done = warm.scaleot(
+        *("build", "--model", "model", "--public", "public.jsonl", "--output", "x", "--privacy", "low"),
+        *("--beta", 0.5, "--format", "json"),
+        cwd=place,
+    )
+    assert (done.code, done.error["type"]) == (2, "ConfigError")
+    assert "privacy=low chooses alpha and beta, but beta is given too" in done.error["message"]
+    assert not (place / "x").exists()
+
+
 class TestEval:
     def test_all_rows(self, place: Path, warm: Warm) -> None:
         done = warm.scaleot(
@@ -108,6 +146,7 @@ class TestEval:
         assert done.code == 0
         assert "emulator zero-shot" in done.out
         assert "full zero-shot" not in done.out
+        assert "perplexity ↓" in done.out
 
 
 class TestPlug:

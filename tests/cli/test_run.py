@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scaleot_ray.cli.demo import MODEL, forget, model_section
+from scaleot_ray.cli.demo import MODEL, demo_settings, forget, model_section
 from scaleot_ray.cli.run import crossings, emulator_lines
 from scaleot_ray.errors import ConfigError
 from tests.cli.command import Warm, scaleot, started
@@ -77,6 +77,14 @@ def test_the_demo_knows_its_models_licence(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="is not here"):
         model_section(None)
+
+
+def test_a_privacy_level_replaces_the_demos_own_choice(tmp_path: Path) -> None:
+    settings = demo_settings("some/model", tmp_path, ["emulator.privacy=medium"])
+    assert (settings.emulator.privacy, settings.emulator.plug_in_layers) == ("medium", 4)
+    assert demo_settings("some/model", tmp_path, ["emulator.privacy=null"]).emulator.alpha == 0.25
+    with pytest.raises(ConfigError, match="privacy=medium chooses alpha and beta, but alpha is given too"):
+        demo_settings("some/model", tmp_path, ["emulator.privacy=medium", "emulator.alpha=0.5"])
 
 
 def test_forget_leaves_foreign_folders_alone(tmp_path: Path) -> None:

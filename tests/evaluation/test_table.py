@@ -96,6 +96,30 @@ def test_a_number_another_party_reports_is_shown_without_an_interval() -> None:
     assert "plug_in is known as a number only" in gain.reason
 
 
+def test_numbers_of_further_measures_are_shown_too() -> None:
+    rows = dict(_choice_table().rows)
+    rows["emulator_zero_shot"] = ReportedScore("accuracy", 0.25, {"normalised": 0.125, "log_likelihood": -2.5})
+    rows["emulator_tuned"] = ReportedScore("accuracy", 0.5, {"log_likelihood": -1.5})
+    table = table_json(TenantTable("bob", "accuracy", rows))
+    assert (table["emulator_zero_shot"], table["emulator_tuned"]) == (0.25, 0.5)
+    assert (table["normalised"]["emulator_zero_shot"], table["normalised"]["emulator_tuned"]) == (0.125, None)
+    likelihood = table["log_likelihood"]
+    assert (likelihood["emulator_zero_shot"], likelihood["emulator_tuned"]) == (-2.5, -1.5)
+    assert likelihood["delta"] == pytest.approx(likelihood["plug_in"] + 1.5)
+    assert likelihood["delta_interval"] is None
+    assert table["normalised"]["delta"] is None
+
+
+def test_a_loss_has_its_perplexity() -> None:
+    table = table_json(_loss_table(emulator_tuned=ReportedScore("loss", 1000.0), full_tuned=None))
+    assert table["perplexity"]["plug_in"] == pytest.approx(np.exp(table["plug_in"]))
+    # Beyond what a number holds, and not measured.
+    assert (table["perplexity"]["emulator_tuned"], table["perplexity"]["full_tuned"]) == (None, None)
+    assert list(table["perplexity"]) == list(ROWS)
+    json.dumps(table, allow_nan=False)
+    assert "perplexity" not in table_json(_choice_table())
+
+
 def test_the_seed_and_the_number_of_samples_are_the_callers() -> None:
     table = _choice_table()
     assert recovered_gain(table, seed=1) == recovered_gain(table, seed=1)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest
-from scaleot_ray.config import RunSettings
+from scaleot_ray.cli.tables import show_standard_table
+from scaleot_ray.config import DataSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, DataError
 from scaleot_ray.evaluation.table import ROWS
 from scaleot_ray.federation.report import RunReport
@@ -74,6 +79,12 @@ def test_the_report(first: Run) -> None:
         assert tenant["full_tuned"] < tenant["full_zero_shot"]
         assert tenant["emulator_tuned"] < tenant["emulator_zero_shot"]
         assert tenant["delta"] == pytest.approx(tenant["plug_in"] - tenant["emulator_tuned"])
+        # Paired: the evaluator measures the tuned emulator too, on the blocks the plug-in is measured on.
+        assert tenant["delta_interval"][0] <= tenant["delta"] <= tenant["delta_interval"][1]
+        sent = read_manifest(folder / "tenants" / tenant["name"] / "metrics").content.values
+        assert tenant["emulator_tuned"] == pytest.approx(sent["emulator_tuned"], rel=1e-5)
+        assert tenant["emulator_zero_shot"] == sent["emulator_zero_shot"]
+        assert tenant["perplexity"]["plug_in"] == pytest.approx(math.exp(tenant["plug_in"]))
         assert tenant["gain"]["usable"]
         assert tenant["gain"]["low"] <= tenant["gain"]["value"] <= tenant["gain"]["high"]
         manifest = read_manifest(folder / "tenants" / tenant["name"] / "delta")
@@ -171,10 +182,58 @@ def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
     read_artifact(Path(settings.output) / "emulator")  # what was finished is whole
 
 
-@pytest.mark.parametrize("place", ["public", "tenants.1.test"])
+def choices(path: Path, seed: int) -> Path:
+    """Questions of two answers, as JSON Lines."""
+    draw = random.Random(seed)
+    rows = [
+        {"prompt": " ".join(draw.choices(WORDS, k=5)), "choices": draw.sample(WORDS, 2), "label": draw.randrange(2)}
+        for _ in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("evaluator", [False, True])
+def test_multiple_choice_shows_every_number_that_was_sent(tmp_path: Path, evaluator: bool) -> None:
+    settings = write_tiny_run(tmp_path, evaluator=evaluator, tune={"steps": 3, "learning_rate": 1e-2})
+    train, test = (
+        DataSettings(path=str(choices(tmp_path / f"choice-{seed}.jsonl", seed)), task="choice") for seed in (1, 2)
+    )
+    # Keys of its own; the others come from the run's section.
+    alice = settings.tenants[0].model_copy(update={"train": train, "test": test, "tune": TuneSettings(method="lora")})
+    run = Run(settings.model_copy(update={"tenants": (alice,)}))
+    (tenant,) = run.json["tenants"]
+    folder = Path(settings.output) / "tenants" / "alice"
+    delta = read_manifest(folder / "delta").content
+    assert delta.method == "lora"
+    assert [progress.steps for progress in run.heard if progress.stage == "tune alice"][-1] == 3
+    sent = read_manifest(folder / "metrics").content.values
+    for measure, section in {"normalised": tenant["normalised"], "log_likelihood": tenant["log_likelihood"]}.items():
+        assert section["emulator_zero_shot"] == sent[f"emulator_zero_shot.{measure}"]
+        assert section["emulator_tuned"] == pytest.approx(sent[f"emulator_tuned.{measure}"], rel=1e-5)
+    for section in (tenant, tenant["normalised"], tenant["log_likelihood"]):
+        if evaluator:
+            assert section["delta_interval"][0] <= section["delta"] <= section["delta_interval"][1]
+        else:
+            assert (section["plug_in"], section["delta"], section["delta_interval"]) == (None, None, None)
+    stream = io.StringIO()
+    show_standard_table(Console(file=stream, width=200), run.json["tenants"])
+    tables = stream.getvalue().split("emulator zero-shot")
+    assert len(tables) == 4  # accuracy, length-normalised accuracy, log-likelihood
+    assert f"{sent['emulator_zero_shot.log_likelihood']:.3f}" in tables[3]
+
+
+@pytest.mark.parametrize("place", ["public", "tenants.1.test", "tenants.1.validation"])
 def test_missing_data_is_said_before_anything_starts(tmp_path: Path, place: str) -> None:
-    settings = write_tiny_run(tmp_path)
-    Path(settings.public.path if place == "public" else settings.tenants[1].test.path).unlink()
+    settings = write_tiny_run(tmp_path, tune={"evaluate_every": 5})
+    bob = settings.tenants[1]
+    if place == "public":
+        Path(settings.public.path).unlink()
+    elif place == "tenants.1.test":
+        Path(bob.test.path).unlink()
+    else:
+        bob = bob.model_copy(update={"validation": DataSettings(path=str(tmp_path / "gone.jsonl"))})
+        settings = settings.model_copy(update={"tenants": (settings.tenants[0], bob)})
     with pytest.raises(DataError, match=rf"^{place}\.path: .* does not exist"):
         run_local(settings)
     assert not Path(settings.output).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.gate import check_crossing
-from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.config import DataSettings
-from scaleot_ray.errors import ConfigError
+from scaleot_ray.artifacts.storage import read_artifact, write_artifact
+from scaleot_ray.config import DataSettings, TuneSettings
+from scaleot_ray.data import HoldOut, open_rows
+from scaleot_ray.errors import ConfigError, DataError
 from scaleot_ray.progress import Progress
+from scaleot_ray.stages import tune as tune_stage
 from scaleot_ray.stages.tune import TuneResult, tune_emulator
 from tests.stages.conftest import Built
 
@@ -63,6 +66,53 @@ def test_a_damaged_result_is_made_again(built: Built, tmp_path: Path) -> None:
     assert isinstance(read_artifact(tmp_path / "delta"), Artifact)
 
 
+@pytest.mark.parametrize("written", ["delta", "metrics"])
+def test_stopped_while_writing_the_same_command_goes_on(
+    built: Built, tmp_path: Path, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_after(artifact: Artifact, directory: Path, overwrite: bool) -> Path:
+        write_artifact(artifact, directory, overwrite=overwrite)
+        if directory.name == written:
+            raise Stopped
+        return directory
+
+    whole = tuned(built, tmp_path / "whole")
+    monkeypatch.setattr(tune_stage, "write_artifact", stop_after)
+    with pytest.raises(Stopped):
+        tuned(built, tmp_path / "parts")
+    monkeypatch.undo()
+    assert (tmp_path / "parts" / written).exists()
+    # What lies there is of this tuning alone; another one still has to be told to replace it.
+    with pytest.raises(ConfigError, match="result of another tuning"):
+        tuned(built, tmp_path / "parts", tune=built.settings.tune.model_copy(update={"steps": 3}))
+    steps: list[Progress] = []
+    again = tuned(built, tmp_path / "parts", on_progress=lambda p: steps.append(p) if p.stage == "tune alice" else None)
+    assert (again.delta.digest, again.metrics) == (whole.delta.digest, whole.metrics)
+    assert not steps
+    heard: list[Progress] = []
+    tuned(built, tmp_path / "parts", on_progress=heard.append)
+    assert not heard
+
+
+def test_foreign_artefacts_beside_a_record_are_kept(built: Built, tmp_path: Path) -> None:
+    tuned(built, tmp_path / "mine")
+    theirs = tuned(built, tmp_path / "theirs", tune=built.settings.tune.model_copy(update={"steps": 3}))
+    shutil.rmtree(tmp_path / "mine" / "delta")
+    shutil.copytree(tmp_path / "theirs" / "delta", tmp_path / "mine" / "delta")
+    with pytest.raises(ConfigError, match="result of another tuning"):
+        tuned(built, tmp_path / "mine")
+    assert read_artifact(tmp_path / "mine" / "delta").digest == theirs.delta.digest
+
+
+def test_a_result_of_another_version_is_not_taken(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned(built, tmp_path)
+    monkeypatch.setattr(tune_stage, "__version__", "9.9.9")
+    with pytest.raises(ConfigError, match="result of another tuning"):
+        tuned(built, tmp_path)
+
+
 def test_an_interrupted_tuning_ends_where_a_whole_one_does(built: Built, tmp_path: Path) -> None:
     whole = tuned(built, tmp_path / "whole")
     settings = built.settings.tune.model_copy(update={"checkpoint_every": 4})
@@ -96,10 +146,88 @@ def test_multiple_choice_reports_accuracy_and_likelihood(built: Built, tmp_path:
     assert result.metrics["emulator_tuned.log_likelihood"] < 0
 
 
-def test_early_stopping_without_test_rows_is_refused(built: Built, tmp_path: Path) -> None:
-    settings = built.settings.tune.model_copy(update={"evaluate_every": 2})
-    with pytest.raises(ConfigError, match=r"tune.evaluate_every"):
-        tuned(built, tmp_path, tune=settings, test=None)
+class TestValidation:
+    """What tuning is judged on while it runs: never the test rows, whose loss is reported."""
+
+    def settings(self, built: Built, **changes: Any) -> TuneSettings:
+        """Steps large enough that other text gets worse at once, and the own text does not."""
+        values = {"learning_rate": 5e-3, "evaluate_every": 2, "patience": 2, "validation_fraction": 0.2, **changes}
+        return built.settings.tune.model_copy(update=values)
+
+    def test_test_rows_select_nothing(self, built: Built, tmp_path: Path) -> None:
+        alice, bob = built.settings.tenants
+        settings = self.settings(built)
+        results = {
+            name: tuned(built, tmp_path / name, tune=settings, test=test)
+            for name, test in {"none": None, "own": alice.test, "other": bob.test}.items()
+        }
+        digests = {result.delta.digest for result in results.values()}
+        assert len(digests) == 1
+        # Judged on the very rows it reports, it would have taken other weights.
+        for test in (alice.test, bob.test):
+            folder = tmp_path / Path(test.path).stem
+            assert tuned(built, folder, tune=settings, test=test, validation=test).delta.digest not in digests
+        other = tuned(built, tmp_path / "bob-test", tune=settings, test=bob.test, validation=bob.test)
+        assert other.steps is not None
+        assert other.steps < (results["other"].steps or 0)
+
+    def test_the_best_weights_are_taken(self, built: Built, tmp_path: Path) -> None:
+        bob = built.settings.tenants[1]
+        found = tuned(built, tmp_path / "stopped", tune=self.settings(built), validation=bob.test)
+        best, _ = min(found.validation, key=lambda evaluation: evaluation[1])
+        assert best < (found.steps or 0) == found.validation[-1][0]
+        schedule = {"steps": 20, "patience": None}  # the last weights, where nobody asks for the best ones
+        last = tuned(built, tmp_path / "last", tune=self.settings(built, **schedule), validation=bob.test)
+        assert last.steps == 20
+        assert last.metrics["emulator_tuned"] < found.metrics["emulator_tuned"]
+        assert last.validation[: len(found.validation)] == found.validation
+
+    def test_the_part_is_kept_out_of_training(self, built: Built, tmp_path: Path) -> None:
+        alice, settings = built.settings.tenants[0], self.settings(built)
+        rows, hold_out = open_rows(alice.train), HoldOut(settings.validation_fraction, settings.seed)
+        files = {}
+        for name, part in {"train": hold_out.training(rows), "validation": hold_out.validation(rows)}.items():
+            files[name] = alice.train.model_copy(update={"path": str(tmp_path / f"{name}.jsonl")})
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        by_hand = tuned(built, tmp_path / "by_hand", tune=settings, **files)
+        assert tuned(built, tmp_path / "drawn", tune=settings).delta.digest == by_hand.delta.digest
+        # All of train.jsonl trained on, the same rows to judge by: something else.
+        leaking = tuned(built, tmp_path / "leaking", tune=settings, validation=files["validation"])
+        assert leaking.delta.digest != by_hand.delta.digest
+
+    def test_interrupted_and_resumed_is_the_same_bit_for_bit(self, built: Built, tmp_path: Path) -> None:
+        settings = self.settings(built, checkpoint_every=3, patience=9)
+        whole = tuned(built, tmp_path / "whole", tune=settings)
+
+        def stop_at_eight(progress: Progress) -> None:
+            if progress.stage == "tune alice" and progress.step == 8:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            tuned(built, tmp_path / "parts", tune=settings, on_progress=stop_at_eight)
+        rest = tuned(built, tmp_path / "parts", tune=settings)
+        assert (rest.delta.digest, rest.validation) == (whole.delta.digest, whole.validation)
+        again = tuned(built, tmp_path / "parts", tune=settings)  # found finished
+        assert (again.validation, again.steps) == (whole.validation, whole.steps)
+
+    def test_other_validation_rows_are_another_result(self, built: Built, tmp_path: Path) -> None:
+        alice, bob = built.settings.tenants
+        settings = self.settings(built)
+        tuned(built, tmp_path, tune=settings, validation=alice.test)
+        with pytest.raises(ConfigError, match="result of another tuning"):
+            tuned(built, tmp_path, tune=settings, validation=bob.test)
+
+    def test_too_few_rows_to_hold_out(self, built: Built, tmp_path: Path) -> None:
+        train = built.settings.tenants[0].train.model_copy(update={"max_examples": 2})
+        settings = self.settings(built, validation_fraction=0.01)
+        with pytest.raises(DataError, match=r"tune.validation_fraction: 0.01 of .* leaves none to evaluate") as caught:
+            tuned(built, tmp_path, tune=settings, train=train)
+        assert "--validation FILE" in caught.value.remedy
+        assert list(tmp_path.iterdir()) == []
+
+    def test_rows_that_nothing_evaluates_on(self, built: Built, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="validation: nothing evaluates on these rows"):
+            tuned(built, tmp_path, validation=built.settings.tenants[0].test)
 
 
 def test_blocks_beyond_the_context_are_refused(built: Built, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_early_stopping_restores_the_best_state() -> None:
     ("options", "message"),
     [
         ({"patience": 2}, "tune.evaluate_every is not set"),
-        ({"evaluate_every": 2}, "no held-out rows"),
+        ({"evaluate_every": 2}, "no validation rows"),
     ],
 )
 def test_settings_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
