@@ -37,8 +37,14 @@ def actor_processes(kind: str) -> list[psutil.Process]:
 
 
 def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
-    """One run; ``scenario``: changes to the settings, and ``kill`` a class of actors at a stage and step."""
+    """One run.
+
+    Args:
+        scenario: changes to the ``settings``, how many ``tenants``, whether to ``announce`` every step, and
+            ``kill``, a class of actors, at a ``stage`` and ``step``.
+    """
     settings = write_tiny_run(folder, **scenario.get("settings", {}))
+    settings = settings.model_copy(update={"tenants": settings.tenants[: scenario.get("tenants")]})
     blow = 0.0
     seen: dict[str, int] = {}
 

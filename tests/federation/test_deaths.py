@@ -16,6 +16,8 @@ from tests.cli.command import environment
 PROJECT = Path(__file__).parents[2]
 SLOW_STAGE_ONE = {"stage_one": {"steps": 400, "checkpoint_every": 5}}
 SLOW_TUNING = {"tune": {"steps": 2000, "checkpoint_every": 5}, "evaluator": False}
+EVALUATED = {**SLOW_TUNING, "evaluator": True}
+ROLES = ["model owner", "data owner", "coordinator", "evaluator"]
 
 
 def runs(folder: Path, *scenarios: dict[str, Any]) -> list[dict[str, Any]]:
@@ -36,23 +38,25 @@ def runs(folder: Path, *scenarios: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of three runs in a row, each ended by a death."""
+    """The folder of four runs in a row, each ended by a death."""
     return tmp_path_factory.mktemp("deaths")
 
 
 @pytest.fixture(scope="module")
 def deaths(folder: Path) -> dict[str, dict[str, Any]]:
     """What came of killing each kind of actor."""
-    owner, tenant, coordinator = runs(
+    owner, tenant, coordinator, evaluator = runs(
         folder,
         {"kill": "ModelOwner", "stage": "stage 1", "step": 8, "settings": SLOW_STAGE_ONE},
         {"kill": "DataOwner", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING},
         {"kill": "Coordinator", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING},
+        # With a single tenant its evaluator works beside it, on the other processor.
+        {"kill": "Evaluator", "stage": "tune full alice", "step": 12, "settings": EVALUATED, "tenants": 1},
     )
-    return {"model owner": owner, "data owner": tenant, "coordinator": coordinator}
+    return {"model owner": owner, "data owner": tenant, "coordinator": coordinator, "evaluator": evaluator}
 
 
-@pytest.mark.parametrize("role", ["model owner", "data owner", "coordinator"])
+@pytest.mark.parametrize("role", ROLES)
 def test_the_run_ends_at_once_and_says_who(deaths: dict[str, dict[str, Any]], role: str) -> None:
     death = deaths[role]
     assert death["error"] == "RunFailed"
@@ -62,7 +66,7 @@ def test_the_run_ends_at_once_and_says_who(deaths: dict[str, dict[str, Any]], ro
     assert death["seconds_after_blow"] < 30
 
 
-@pytest.mark.parametrize("role", ["model owner", "data owner", "coordinator"])
+@pytest.mark.parametrize("role", ROLES)
 def test_no_process_is_left(deaths: dict[str, dict[str, Any]], role: str) -> None:
     assert deaths[role]["left"] == []
 
