@@ -1,0 +1,34 @@
+"""Processors this process may use, and that it computes with no more threads than that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota = _QUOTA.read_text().split()
+    except OSError:
+        quota = []  # not Linux, or no control groups: then there is no such limit
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return cores
+
+
+def use_usable_cores() -> None:
+    """Makes torch compute with one thread per usable core, unless OMP_NUM_THREADS says how many.
+
+    Left to itself torch starts a thread for every core of the host, whatever a container's quota says,
+    and they then stand in one another's way. Actors do not need this: they get their threads from the
+    processors that Ray gave them, and so do jobs of ``ray job submit --entrypoint-num-cpus``, since Ray
+    sets OMP_NUM_THREADS for those.
+    """
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(usable_cores())
