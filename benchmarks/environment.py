@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scaleot_ray import __version__
-from scaleot_ray.federation.machine import usable_cores
+from scaleot_ray.processors import usable_cores
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
 

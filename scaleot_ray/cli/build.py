@@ -83,8 +83,10 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
     output = Path(settings.output)
     with ProgressBars() as bars:
         from scaleot_ray.artifacts.inspect import describe
+        from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.build import build
 
+        use_usable_cores()
         result = build(
             settings.model,
             settings.public,

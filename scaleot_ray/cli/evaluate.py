@@ -104,8 +104,10 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
         from scaleot_ray.artifacts.storage import read_artifact
         from scaleot_ray.evaluation.table import table_json
         from scaleot_ray.families.loading import load_base_model
+        from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.evaluate import evaluate_rows
 
+        use_usable_cores()
         # The artefacts are read first: they are refused before a large model is loaded.
         emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
         delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None

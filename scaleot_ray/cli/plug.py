@@ -75,8 +75,10 @@ def plug(settings: PlugSettings, out: Output) -> None:
     with ProgressBars():
         from scaleot_ray.artifacts.storage import read_artifact, read_manifest
         from scaleot_ray.families.loading import load_base_model
+        from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.plug import plug_in
 
+        use_usable_cores()
         # The artefacts are read first: they are refused before a large model is loaded.
         manifest = read_manifest(settings.emulator)
         delta = read_artifact(settings.delta, expected_kind="delta")

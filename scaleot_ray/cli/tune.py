@@ -87,8 +87,10 @@ def tune(settings: TuneCommandSettings, out: Output) -> None:
     """Tunes and shows what came out (the command and the job alike)."""
     with ProgressBars() as bars:
         from scaleot_ray.artifacts.storage import read_artifact
+        from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.tune import tune_emulator
 
+        use_usable_cores()
         result = tune_emulator(
             read_artifact(settings.emulator, expected_kind="emulator"),
             settings.train,

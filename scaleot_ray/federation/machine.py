@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from scaleot_ray.processors import usable_cores
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SOCKET_PATH_LIMIT = 40  # Ray appends about 65 characters; unix sockets take 107
@@ -37,15 +38,6 @@ def this_machine() -> Machine:
     """The machine we run on."""
     shared = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
     return Machine(usable_cores(), torch.cuda.device_count(), usable_memory(), shared)
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the container's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _first_line(Path("/sys/fs/cgroup/cpu.max")).split()
-    if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    return cores
 
 
 def usable_memory() -> int:
