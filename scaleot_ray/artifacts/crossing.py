@@ -17,6 +17,11 @@ from scaleot_ray.errors import ArtifactRefused
 AUDIT_FILE = "audit.jsonl"
 
 
+def audit_beside(output: str | Path) -> AuditLog:
+    """The audit log of a party that writes ``output`` by itself: ``audit.jsonl`` beside it, never inside."""
+    return AuditLog(Path(output).expanduser().resolve().parent / AUDIT_FILE)
+
+
 def cross(
     artifact: Artifact,
     sender: str,

@@ -55,7 +55,9 @@ def build_command(
 
     Reads the model and the public text. Writes the emulator to --output and
     stage-1 results (harmonizers, layer scores, checkpoints) to --cache; they are
-    reused for every other α and β.
+    reused for every other α and β. The emulator passes the gate first, and a line
+    of audit.jsonl beside --output says so. One that hides nothing
+    (emulator.allow_unprotected) gets no line: it must not be sent.
 
     Examples:
 
@@ -82,11 +84,13 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
     """Builds an emulator and shows what it is (the command and the job alike)."""
     output = Path(settings.output)
     with ProgressBars() as bars:
+        from scaleot_ray.artifacts.crossing import audit_beside
         from scaleot_ray.artifacts.inspect import describe
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.build import build
 
         use_usable_cores()
+        audit = audit_beside(output)
         result = build(
             settings.model,
             settings.public,
@@ -96,14 +100,19 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
             cache=Path(settings.cache) if settings.cache else output.with_name(output.name + "-cache"),
             resume=True,
             overwrite=settings.overwrite,
+            audit=audit,
             on_progress=bars,
         )
+    protected = describe(result.manifest)["protected"]
+    if not protected:
+        out.note(f"warning: {result.directory} must not be sent: this emulator hides nothing.")
     document: dict[str, Any] = {
         "schema": "scaleot.build/1",
         "directory": str(result.directory),
         "artifact": describe(result.manifest),
         "privacy": result.privacy,
         "reused_stage_one": result.reused_stage_one,
+        "audit": str(audit.path) if protected else None,
         "seconds": result.seconds,
     }
 
@@ -111,6 +120,7 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
         show_artifact(console, document["artifact"])
         if result.privacy is not None:
             console.print(privacy_text(result.privacy), markup=False, soft_wrap=True)
-        console.print(f"written to {document['directory']}", markup=False, soft_wrap=True)
+        ending = "" if protected else " for experiments; it must not be sent"
+        console.print(f"written to {document['directory']}{ending}", markup=False, soft_wrap=True)
 
     out.result(document, show)

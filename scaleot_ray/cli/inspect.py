@@ -26,7 +26,7 @@ def inspect_command(
 
     Reads the folder and checks every tensor and file against the manifest; writes
     nothing. Prints sizes, the layers as a picture, the share of the owner's
-    parameters that leave verbatim, and the card.
+    parameters that leave verbatim, the base model, its licence, and the card.
 
     Examples:
 
@@ -68,6 +68,8 @@ def show_artifact(console: Console, artifact: Mapping[str, Any]) -> None:
         ("digest", artifact["digest"]),
         ("parent", artifact["parent_digest"]),
         ("created", f"{artifact['created']} by scaleot_ray {artifact['library_version']}"),
+        ("base model", artifact["base_model"]),
+        ("licence", _first_line(artifact["licence"])),
         ("model", _model(artifact)),
         (
             "size",
@@ -84,6 +86,11 @@ def show_artifact(console: Console, artifact: Mapping[str, Any]) -> None:
 
         console.print()
         console.print(layer_picture(artifact["layer_map"]), markup=False)
+
+
+def _first_line(text: str | None) -> str:
+    lines = (text or "").splitlines()
+    return "" if not lines else lines[0] + (" …" if len(lines) > 1 else "")
 
 
 def _model(artifact: Mapping[str, Any]) -> str:

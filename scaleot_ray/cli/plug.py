@@ -32,6 +32,7 @@ def plug_command(
     emulator: Annotated[str, typer.Option(help="Folder of the emulator the delta was tuned on.")],
     delta: Annotated[str, typer.Option(help="Folder of the delta a data owner sent.")],
     output: Annotated[str, typer.Option(help="Folder of the checkpoint.")],
+    name: Annotated[str | None, typer.Option(help="Name of the data owner who sent it, for the audit log.")] = None,
     scale: Annotated[float | None, typer.Option(help="Factor on the delta; 1 (default) takes it as it is.")] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write a PEFT adapter instead of a merged checkpoint (lora only).")
@@ -44,9 +45,10 @@ def plug_command(
 ) -> None:
     """Put a delta into the full model and write the result.
 
-    Reads the full model, the emulator's manifest and the delta, and checks that
-    the delta belongs to that emulator. Writes a Hugging Face checkpoint, or with
-    --adapter a standard PEFT adapter.
+    Reads the full model, the emulator's manifest and the delta, and takes the
+    delta through the gate: it must belong to that emulator and hold nothing else;
+    a line of audit.jsonl beside --output says so, also of one that is refused.
+    Writes a Hugging Face checkpoint, or with --adapter a standard PEFT adapter.
 
     Examples:
 
@@ -64,7 +66,7 @@ def plug_command(
             "output": output,
             "adapter": adapter,
             "overwrite": overwrite,
-            **given(scale=scale),
+            **given(name=name, scale=scale),
         }
         plug(parse(PlugSettings, override(values, overrides), "scaleot plug"), out)
 
@@ -73,15 +75,17 @@ def plug(settings: PlugSettings, out: Output) -> None:
     """Plugs in and shows where the result is (the command and the job alike)."""
     start = time.monotonic()
     with ProgressBars():
-        from scaleot_ray.artifacts.storage import read_artifact, read_manifest
+        from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner
+        from scaleot_ray.artifacts.crossing import audit_beside, receive
+        from scaleot_ray.artifacts.storage import read_manifest
         from scaleot_ray.families.loading import load_base_model
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.plug import plug_in
 
         use_usable_cores()
         # The artefacts are read first: they are refused before a large model is loaded.
-        manifest = read_manifest(settings.emulator)
-        delta = read_artifact(settings.delta, expected_kind="delta")
+        manifest, audit = read_manifest(settings.emulator), audit_beside(settings.output)
+        delta = receive(settings.delta, "delta", data_owner(settings.name), MODEL_OWNER, audit, parent=manifest)
         directory = plug_in(
             load_base_model(settings.model),
             delta,
@@ -96,6 +100,7 @@ def plug(settings: PlugSettings, out: Output) -> None:
         "directory": str(directory),
         "form": "peft_adapter" if settings.adapter else "checkpoint",
         "delta": delta.digest,
+        "audit": str(audit.path),
         "scale": settings.scale,
         "seconds": time.monotonic() - start,
     }

@@ -63,6 +63,7 @@ class PlugSettings(Settings):
     model: ModelSettings
     emulator: str = Field(description="folder of the emulator the delta was tuned on")
     delta: str = Field(description="folder of a delta artefact")
+    name: str = Field("data owner", description="name of the data owner who sent the delta, for the audit log")
     output: str = Field(description="folder the Hugging Face checkpoint (or PEFT adapter) is written to")
     scale: Number = Field(1.0, description="λ, factor on the delta; 1 takes it as it is")
     adapter: bool = Field(False, description="write a PEFT adapter instead of a merged checkpoint (lora only)")
@@ -78,10 +79,10 @@ class EvaluateSettings(Settings):
     delta: str | None = Field(None, description="folder of a delta artefact")
     test: DataSettings
     train: DataSettings | None = Field(None, description="training rows; for full_tuned only")
-    tune: TuneSettings = Field(TuneSettings(), description="how full_tuned is tuned")
     validation: DataSettings | None = Field(
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
     )
+    tune: TuneSettings = Field(TuneSettings(), description="how full_tuned is tuned")
     rows: tuple[RowName, ...] | None = Field(None, description="rows of the table; default: all that the inputs allow")
     evaluate_examples: int | None = Field(
         None, ge=1, description="at most so many test rows or blocks, and so many for validation"

@@ -57,7 +57,9 @@ def tune_command(
 
     Reads the emulator and the data; the original weights are not needed. Writes
     OUTPUT/delta (what tuning changed) and OUTPUT/metrics (a few numbers). Nothing
-    else is meant to leave the data owner.
+    else is meant to leave the data owner. The emulator passes the gate when it is
+    read, delta and metrics before they are written; lines of OUTPUT/audit.jsonl
+    say so, also of what is refused. An emulator that hides nothing is refused.
 
     Examples:
 
@@ -78,38 +80,44 @@ def tune_command(
         }
         if test is not None:
             values["test"] = data_section(test, task, column, prompt_template, choice)
-        tune(parse(TuneCommandSettings, override(values, overrides), "scaleot tune"), out)
-
         if validation is not None:
             values["validation"] = data_section(validation, task, column, prompt_template, choice)
+        tune(parse(TuneCommandSettings, override(values, overrides), "scaleot tune"), out)
+
 
 def tune(settings: TuneCommandSettings, out: Output) -> None:
     """Tunes and shows what came out (the command and the job alike)."""
     with ProgressBars() as bars:
-        from scaleot_ray.artifacts.storage import read_artifact
+        from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner
+        from scaleot_ray.artifacts.crossing import audit_beside, receive
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.tune import tune_emulator
 
         use_usable_cores()
+        audit = audit_beside(Path(settings.output) / "delta")
         result = tune_emulator(
-            read_artifact(settings.emulator, expected_kind="emulator"),
+            receive(settings.emulator, "emulator", MODEL_OWNER, data_owner(settings.name), audit),
             settings.train,
             settings.tune,
             Path(settings.output),
             name=settings.name,
             test=settings.test,
+            validation=settings.validation,
             device=settings.device,
             evaluate_examples=settings.evaluate_examples,
             overwrite=settings.overwrite,
+            audit=audit,
             on_progress=bars,
         )
     document: dict[str, Any] = {
-            validation=settings.validation,
         "schema": "scaleot.tune/1",
         "directory": str(result.directory),
         "method": settings.tune.method,
         "delta": {"digest": result.delta.digest, "bytes": result.delta.nbytes},
         "metrics": result.metrics,
+        "audit": str(audit.path),
+        "steps": result.steps,
+        "validation": [{"step": step, "loss": loss} for step, loss in result.validation],
         "seconds": result.seconds,
     }
 
@@ -117,14 +125,12 @@ def tune(settings: TuneCommandSettings, out: Output) -> None:
         console.print(
             f"tuned {settings.tune.method} in {clock(result.seconds)}; "
             f"the delta is {bytes_text(result.delta.nbytes)} in {result.directory / 'delta'}"
-        "steps": result.steps,
-        "validation": [{"step": step, "loss": loss} for step, loss in result.validation],
         )
         for name, value in result.metrics.items():
             console.print(f"  {name}  {value:.4g}")
-
-    out.result(document, show)
         if result.validation:
             step, loss = min(result.validation, key=lambda evaluation: evaluation[1])
             taken = "" if settings.tune.patience is not None else "; without tune.patience the last weights are taken"
             console.print(f"  validation loss {loss:.4g} at step {step}, the best of {result.steps} steps{taken}")
+
+    out.result(document, show)

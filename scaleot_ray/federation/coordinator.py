@@ -6,6 +6,7 @@ report of every stage. It computes nothing, so it claims no processor.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from scaleot_ray.artifacts.manifest import Manifest, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.evaluation.table import TenantTable
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.role import Role
+from scaleot_ray.federation.table_gate import unpack_table
 from scaleot_ray.progress import Progress
 
 COORDINATOR = "coordinator"
@@ -53,6 +56,8 @@ class Coordinator(Role):
         self._audit = AuditLog(Path(audit))
         self._registry: dict[str, Entry] = {}
         self._deltas: dict[str, Shared] = {}
+        self._metrics: dict[str, str] = {}
+        self._tables: dict[str, TenantTable] = {}
         self._manifest: Manifest | None = None
         self._emulator: ray.ObjectRef | None = None
         self._reports: dict[str, Progress] = {}
@@ -74,8 +79,9 @@ class Coordinator(Role):
         self._manifest, self._emulator = artifact.manifest, ray.put(shared)
         return [self._emulator], shared["manifest"]
 
-    def declare_evaluator(self, tenant: str, rows_bytes: int) -> None:
-        """Records that the settings give one tenant's evaluator both secrets."""
+    def declare_evaluator(self, tenant: str, rows_bytes: int, metric: str) -> None:
+        """Records that the settings give one tenant's evaluator both secrets; its table is by ``metric``."""
+        self._metrics[tenant] = metric
         assert self._manifest is not None
         content = emulator_content(self._manifest)
         declared = "evaluator declared in the settings"
@@ -85,11 +91,8 @@ class Coordinator(Role):
         # No digest: that of private rows would tell whoever has a guess at them.
         self._audit.record(data_owner(tenant), evaluator(tenant), "rows", rows_bytes, "", reason=declared)
 
-    def submit(self, tenant: str, delta: Shared, metrics: Shared) -> Entry:
+    def submit(self, tenant: str, delta: Shared, metrics: Shared) -> None:
         """Takes a data owner's delta and metrics through the gate into the registry.
-
-        Returns:
-            What the registry has of it now, without the delta itself.
 
         Raises:
             ArtifactRefused: one of them is not what it says, or not what may cross; the audit log says so too.
@@ -108,7 +111,35 @@ class Coordinator(Role):
             else:
                 entry.delta_bytes, entry.delta_digest = artifact.nbytes, artifact.digest
         self._registry[tenant], self._deltas[tenant] = entry, delta
-        return entry
+
+    def entry(self, tenant: str) -> Entry:
+        """What the registry has of a tenant, without the delta itself."""
+        return self._registry[tenant]
+
+    def submit_table(self, tenant: str, data: bytes) -> None:
+        """Takes an evaluator's rows through the gate.
+
+        Raises:
+            ArtifactRefused: no such evaluator was declared, or the rows are not what may cross; the audit
+                log says so too.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        line = (evaluator(tenant), DRIVER, "table", len(data), digest)
+        try:
+            if tenant not in self._metrics:
+                raise ArtifactRefused(
+                    f"{evaluator(tenant)} is not declared in the settings.", "Set evaluator, or leave these rows out."
+                )
+            table = unpack_table(data, tenant, self._metrics[tenant])
+        except ArtifactRefused as error:
+            self._audit.record(*line, decision="refused", reason=error.problem)
+            raise
+        self._audit.record(*line)
+        self._tables[tenant] = table
+
+    def table(self, tenant: str) -> TenantTable:
+        """A tenant's rows as they passed the gate."""
+        return self._tables[tenant]
 
     def delta(self, tenant: str) -> Shared:
         """A tenant's delta for its evaluator; recorded as a crossing of its own."""

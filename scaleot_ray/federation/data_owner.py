@@ -10,7 +10,7 @@ import ray
 
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import TenantSettings, TuneSettings
-from scaleot_ray.federation.coordinator import Entry, data_owner
+from scaleot_ray.federation.coordinator import data_owner
 from scaleot_ray.federation.object_store import check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.role import Role
 from scaleot_ray.stages.tune import tune_emulator
@@ -47,8 +47,8 @@ class DataOwner(Role):
         super().__init__(data_owner(part.tenant.name), cpus, coordinator)
         self._part = part
 
-    def tune(self, emulator: list[Any]) -> Entry:
-        """Tunes, and sends what came out through the coordinator's gate; returns what that took in.
+    def tune(self, emulator: list[Any]) -> None:
+        """Tunes, and sends what came out through the coordinator's gate.
 
         Args:
             emulator: reference to the shared emulator.
@@ -75,7 +75,4 @@ class DataOwner(Role):
         )
         check_unchanged(artifact, self.name)
         metrics = read_artifact(result.directory / "metrics", expected_kind="metrics")
-        entry: Entry = ray.get(
-            self.coordinator.submit.remote(part.tenant.name, to_shared(result.delta), to_shared(metrics))
-        )
-        return entry
+        ray.get(self.coordinator.submit.remote(part.tenant.name, to_shared(result.delta), to_shared(metrics)))

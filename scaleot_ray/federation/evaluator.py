@@ -8,12 +8,12 @@ from typing import Any
 import ray
 
 from scaleot_ray.config import ModelSettings
-from scaleot_ray.evaluation.table import TenantTable
 from scaleot_ray.families.loading import BaseModel, load_base_model
 from scaleot_ray.federation.coordinator import evaluator
 from scaleot_ray.federation.data_owner import Part
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared
 from scaleot_ray.federation.role import Role
+from scaleot_ray.federation.table_gate import pack_table
 from scaleot_ray.stages.evaluate import INPUTS, evaluate_rows
 
 WITH_DELTA = {row for row, inputs in INPUTS.items() if "delta" in inputs}
@@ -25,7 +25,7 @@ class Evaluator(Role):
 
     Args:
         cpus: threads it computes with.
-        coordinator: hands out the tenant's delta, and hears of progress.
+        coordinator: hands out the tenant's delta, takes its table, and hears of progress.
         model: the full model.
         part: the tenant's section; its ``output`` is the evaluator's folder, where rows are kept.
     """
@@ -35,12 +35,18 @@ class Evaluator(Role):
         self._model, self._part = model, part
         self._base: BaseModel | None = None
 
-    def evaluate(self, rows: tuple[str, ...], emulator: list[Any]) -> TenantTable:
-        """The given rows; those measured before, in this actor or an earlier one, come from its folder.
+    def evaluate(self, rows: tuple[str, ...], emulator: list[Any]) -> None:
+        """Measures the given rows, and sends them through the coordinator's gate.
+
+        Those measured before, in this actor or an earlier one, come from its folder.
 
         Args:
             rows: names of rows.
             emulator: reference to the shared emulator, which says which layers are tuned.
+
+        Raises:
+            RunFailed: the shared emulator is not what was put.
+            ArtifactRefused: the gate does not let the table pass.
         """
         part, tenant = self._part, self._part.tenant
         shared = from_shared(ray.get(emulator[0]))
@@ -57,12 +63,12 @@ class Evaluator(Role):
             emulator=shared,
             delta=from_shared(delta) if delta is not None else None,
             train=tenant.train,
+            validation=tenant.validation,
             tune=part.tune,
             evaluate_examples=part.evaluate_examples,
             block_size=part.tune.block_size,
             folder=Path(part.output),
             on_progress=self.reporter(),
         )
-            validation=tenant.validation,
         check_unchanged(shared, self.name)
-        return table
+        ray.get(self.coordinator.submit_table.remote(tenant.name, pack_table(table)))

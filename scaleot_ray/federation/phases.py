@@ -85,6 +85,11 @@ class Tenant:
         return self.settings.name
 
     @property
+    def metric(self) -> str:
+        """What its rows are measured by."""
+        return "accuracy" if self.settings.test.task == "choice" else "loss"
+
+    @property
     def measured(self) -> bool:
         """Whether all the evaluator's rows are there."""
         return self.table is not None and set(ALL_ROWS) <= self.table.rows.keys()
@@ -134,7 +139,7 @@ class Phases:
         emulator, _ = self._ask_coordinator("publish", str(self.folder.emulator), names)
         if self.settings.evaluator:
             for tenant in self.tenants:
-                self._ask_coordinator("declare_evaluator", tenant.name, _rows_bytes(tenant.settings))
+                self._ask_coordinator("declare_evaluator", tenant.name, _rows_bytes(tenant.settings), tenant.metric)
         self._emulator = emulator
         self._until(self._tenants_finished)
         self._ask_coordinator("finish")
@@ -193,7 +198,11 @@ class Phases:
         self._start(actor, DataOwner, tenant.settings.cpus, tenant.settings.gpus, part)
         begun = time.monotonic()
 
-        def tuned(entry: Entry) -> None:
+        def tuned(_: None) -> None:
+            # What counts is what passed the gate, so the coordinator is asked, not the data owner.
+            self._call(self.coordinator, self.coordinator.handle.entry.remote(tenant.name), took)
+
+        def took(entry: Entry) -> None:
             self._finish(actor, tenant, "tune", begun)
             tenant.tuning, tenant.entry = False, entry
 
@@ -210,7 +219,10 @@ class Phases:
             rows = ALL_ROWS if tenant.entry is not None else FULL_ROWS
             self._call(actor, actor.handle.evaluate.remote(rows, self._emulator), measured)
 
-        def measured(table: TenantTable) -> None:
+        def measured(_: None) -> None:
+            self._call(self.coordinator, self.coordinator.handle.table.remote(tenant.name), took)
+
+        def took(table: TenantTable) -> None:
             tenant.table = table
             if tenant.entry is not None and not tenant.measured:
                 measure()  # the delta came meanwhile: the model is loaded already
@@ -300,7 +312,7 @@ def _result(tenant: Tenant) -> TenantResult:
     assert tenant.entry is not None
     return TenantResult(
         name=tenant.name,
-        metric="accuracy" if tenant.settings.test.task == "choice" else "loss",
+        metric=tenant.metric,
         metrics=tenant.entry.metrics,
         measured=tenant.table,
         delta_bytes=tenant.entry.delta_bytes,

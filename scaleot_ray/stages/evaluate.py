@@ -149,7 +149,7 @@ class _Evaluation:
             key, path = self._key(row), self.folder / f"{row}.json"
             known = read_record(path)
             if known.get("key") == key:
-                return _score_from(known)
+                return score_from_record(known)
         methods: dict[str, Callable[[str, OnProgress | None, str | None], AnyScore]] = {
             "full_zero_shot": self._zero_shot,
             "emulator_zero_shot": self._zero_shot,
@@ -159,7 +159,7 @@ class _Evaluation:
         }
         score = methods[row](row, on_progress, key)
         if path is not None:
-            write_record(path, {"key": key, **_score_record(score)})
+            write_record(path, {"key": key, **score_record(score)})
         return score
 
     def _zero_shot(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
@@ -248,7 +248,8 @@ class _Evaluation:
         )
 
 
-def _score_record(score: AnyScore) -> dict[str, Any]:
+def score_record(score: AnyScore) -> dict[str, Any]:
+    """A score as plain values, block by block."""
     if isinstance(score, LossScore):
         return {"sums": score.sums.tolist(), "counts": score.counts.tolist()}
     return {
@@ -258,7 +259,8 @@ def _score_record(score: AnyScore) -> dict[str, Any]:
     }
 
 
-def _score_from(record: dict[str, Any]) -> AnyScore:
+def score_from_record(record: dict[str, Any]) -> AnyScore:
+    """What :func:`score_record` was given."""
     if "sums" in record:
         return LossScore(np.array(record["sums"], dtype=np.float64), np.array(record["counts"], dtype=np.int64))
     return ChoiceScore(

@@ -223,7 +223,8 @@ class TestInspect:
         document = warm.scaleot("inspect", folder, "--format", "json", cwd=place).json
         assert document["schema"] == "scaleot.inspect/1"
         assert document["artifact"]["kind"] == kind
-        assert (document["card"] is not None) == (kind == "emulator")
+        assert document["card"].startswith(f"# {kind.capitalize()} for `model`\n")
+        assert (document["artifact"]["base_model"], document["artifact"]["licence"][:7]) == ("model", "unknown")
 
     @pytest.mark.parametrize("folder", ["tuned/delta", "tuned/metrics"])
     def test_small_artefacts_as_text(self, place: Path, folder: str, warm: Warm) -> None:
@@ -249,7 +250,7 @@ class TestRefused:
             assert done.code == 3
             assert done.error["type"] == "ArtifactRefused"
             assert "tensor" in done.error["message"]
-        assert not (tmp_path / "tuned").exists()
+        assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["audit.jsonl"]  # which says so
 
     def test_truncated_artefact(self, place: Path, tmp_path: Path, warm: Warm) -> None:
         shutil.copytree(place / "tuned" / "delta", tmp_path / "delta")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -18,10 +19,13 @@ from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.emulator.assemble import assemble
 from scaleot_ray.errors import ArtifactRefused, RunFailed
+from scaleot_ray.evaluation.loss import LossScore
+from scaleot_ray.evaluation.table import TenantTable, table_json
 from scaleot_ray.federation.coordinator import Coordinator
 from scaleot_ray.federation.object_store import check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.role import Present, Role, start, stop
 from scaleot_ray.federation.session import Session
+from scaleot_ray.federation.table_gate import pack_table
 from scaleot_ray.stages.build import build
 from scaleot_ray.stages.tune import tune_emulator
 from tests.tiny_run import write_tiny_run
@@ -96,7 +100,8 @@ def test_tuning_shares_what_is_frozen_and_copies_what_it_trains(parts: Parts, tm
 
 def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
     ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice", "bob"]))
-    entry = ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(parts.metrics)))
+    ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(parts.metrics)))
+    entry = ray.get(coordinator.entry.remote("alice"))
     assert (entry.delta_digest, entry.delta_bytes) == (parts.delta.digest, parts.delta.nbytes)
     assert entry.metrics["emulator_tuned"] > 0
     assert from_shared(ray.get(coordinator.delta.remote("alice"))).digest == parts.delta.digest
@@ -140,6 +145,26 @@ def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts
     with pytest.raises(ArtifactRefused, match="of kind 'metrics' as its delta"):
         ray.get(coordinator.submit.remote("alice", to_shared(parts.metrics), to_shared(parts.metrics)))
     assert [line["decision"] for line in audit.read()] == ["sent", "refused", "refused", "sent", "refused"]
+
+
+def test_an_evaluators_table_is_a_crossing_of_its_own(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
+    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice"]))
+    score = LossScore(np.array([1.5, 2.5]), np.array([1, 2]))
+    table = TenantTable("alice", "loss", {"plug_in": score, "full_tuned": None})
+    with pytest.raises(ArtifactRefused, match="evaluator alice is not declared"):
+        ray.get(coordinator.submit_table.remote("alice", pack_table(table)))
+    ray.get(coordinator.declare_evaluator.remote("alice", 10, "loss"))
+    bad = TenantTable("alice", "loss", {"plug_in": LossScore(np.array([1.5, np.nan]), np.array([1, 2]))})
+    with pytest.raises(ArtifactRefused, match="plug_in: sums holds something else than finite numbers"):
+        ray.get(coordinator.submit_table.remote("alice", pack_table(bad)))
+    with pytest.raises(KeyError):
+        ray.get(coordinator.table.remote("alice"))
+    ray.get(coordinator.submit_table.remote("alice", pack_table(table)))
+    assert table_json(ray.get(coordinator.table.remote("alice"))) == table_json(table)
+    lines = [line for line in audit.read() if line["kind"] == "table"]
+    assert [line["decision"] for line in lines] == ["refused", "refused", "sent"]
+    assert {(line["sender"], line["recipient"]) for line in lines} == {("evaluator alice", "driver")}
+    assert lines[2]["bytes"] == len(pack_table(table))
 
 
 @pytest.mark.parametrize("cpus", [1, 2])

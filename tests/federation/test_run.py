@@ -92,10 +92,12 @@ def test_the_report(first: Run) -> None:
         assert manifest.parent_digest == emulator["digest"]
 
 
-def test_artefacts_on_disk_are_whole(first: Run) -> None:
+def test_artefacts_on_disk_are_whole_and_have_cards(first: Run) -> None:
     folder = Path(first.settings.output)
     for path in ("emulator", "tenants/alice/delta", "tenants/bob/delta", "tenants/alice/metrics"):
-        read_artifact(folder / path)
+        card = read_artifact(folder / path).files["README.md"].decode()
+        assert "Base model: `model`" in card
+        assert "> unknown (the model names no licence)" in card
 
 
 def test_the_audit_log_has_every_crossing(first: Run) -> None:
@@ -110,8 +112,9 @@ def test_the_audit_log_has_every_crossing(first: Run) -> None:
             ("model owner", f"evaluator {name}", "full model"),
             (f"data owner {name}", f"evaluator {name}", "rows"),
             ("model owner", f"evaluator {name}", "delta"),
+            (f"evaluator {name}", "driver", "table"),
         } <= crossed
-    assert len(crossed) == 12
+    assert len(crossed) == 14
     assert all(line["decision"] == "sent" for line in lines)
 
 
