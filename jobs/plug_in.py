@@ -3,6 +3,7 @@
 ray job submit --working-dir . --entrypoint-num-cpus 4 -- \\
     python jobs/plug_in.py examples/plug.yaml
 
+It computes with as many threads as --entrypoint-num-cpus says; without it Ray allows it a single one.
 The same as `scaleot plug`.
 """
 

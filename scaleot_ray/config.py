@@ -124,7 +124,9 @@ class StageOneSettings(Settings):
 class EmulatorSettings(Settings):
     """Stage 2: which emulator to build. Triplet (N_a, α, β) of ScaleOT, or one privacy level."""
 
-    plug_in_layers: int = Field(4, ge=1, description="N_a, layers the data owner tunes")
+    plug_in_layers: int = Field(
+        4, ge=1, description="N_a, layers the data owner tunes; with 1 the model's last layer is never replaced"
+    )
     layout: Literal["ends", "spread"] = Field(
         "ends", description="ends: first and last N_a/2 layers; spread: evenly over the depth (CRaSh)"
     )
