@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data import HoldOut, open_rows
-from scaleot_ray.errors import ConfigError, DataError
+from scaleot_ray.errors import ArtifactRefused, ConfigError, DataError
 from scaleot_ray.progress import Progress
 from scaleot_ray.stages import tune as tune_stage
 from scaleot_ray.stages.tune import TuneResult, tune_emulator
@@ -46,6 +47,23 @@ def test_a_finished_tuning_is_reused(built: Built, tmp_path: Path) -> None:
     second = tuned(built, tmp_path, on_progress=heard.append)
     assert not heard
     assert (second.delta.digest, second.metrics) == (first.delta.digest, first.metrics)
+
+
+def test_a_finished_tuning_that_may_not_leave_is_refused(built: Built, tmp_path: Path) -> None:
+    audit = AuditLog(tmp_path / "audit.jsonl")
+    delta = tuned(built, tmp_path / "out", audit=audit).delta
+    more = delta.with_files({"README.md": delta.files["README.md"] + b"Row 17: Alice."})
+    write_artifact(more, tmp_path / "out" / "delta", overwrite=True)
+    record = json.loads((tmp_path / "out" / "tune.json").read_text())
+    (tmp_path / "out" / "tune.json").write_text(json.dumps({**record, "delta": more.digest}))
+    with pytest.raises(ArtifactRefused, match="says something else than the card"):
+        tuned(built, tmp_path / "out", audit=audit)
+    lines = [(line["sender"], line["kind"], line["decision"]) for line in audit.read()]
+    assert lines == [
+        ("data owner alice", "delta", "sent"),
+        ("data owner alice", "metrics", "sent"),
+        ("data owner alice", "delta", "refused"),
+    ]
 
 
 @pytest.mark.parametrize("change", ["settings", "rows"])
