@@ -50,8 +50,11 @@ class Runs:
             cwd=PROJECT,
             env=environment(),
             start_new_session=True,
+            # A test run in the background ignores Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.told: list[str] = []
+        self.folders: set[Path] = set()  # of the runs' private Rays
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -59,9 +62,11 @@ class Runs:
         for line in self.process.stderr:
             self.told.append(line.strip())
 
-    def family(self) -> list[psutil.Process]:
-        """All processes of the run, but the driver."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def family(self) -> list[tuple[psutil.Process, str]]:
+        """All processes of the run, but the driver, and their commands."""
+        found = [(process, _command(process)) for process in psutil.Process(self.process.pid).children(recursive=True)]
+        self.folders |= {Path(part) for _, command in found for part in re.findall(r"/\S*/scaleot-\w+", command)}
+        return found
 
     def interrupt_when(self, happened: Callable[[Runs], bool], number: int, times: int = 1) -> dict[str, Any]:
         """Sends a signal to the whole group once something has happened; what came of the run."""
@@ -71,19 +76,20 @@ class Runs:
             assert self.process.poll() is None, [*self.told, self.process.stdout.read()]
             assert time.monotonic() < deadline, self.told
             time.sleep(0.01)
-        family = self.family()
-        folders = {Path(found) for process in family for found in re.findall(r"/\S*/scaleot-\w+", _command(process))}
-        assert folders
+        # At once: what is being waited for may be over in a second.
+        os.killpg(self.process.pid, number)
         start = time.monotonic()
-        for count in range(times):  # people press it twice
-            time.sleep(0.5 * (count > 0))
+        family = [process for process, _ in self.family()]
+        assert self.folders
+        for _ in range(times - 1):  # people press it twice
+            time.sleep(0.5)
             os.killpg(self.process.pid, number)
         line = self.process.stdout.readline()
         assert line, self.told
         seconds = time.monotonic() - start
         _, left = psutil.wait_procs(family, timeout=1)
         assert not left
-        assert not [folder for folder in folders if folder.exists()]
+        assert not [folder for folder in self.folders if folder.exists()]
         self.told.clear()
         result: dict[str, Any] = json.loads(line)
         assert result["error"] == "Interrupted", result
@@ -118,16 +124,16 @@ def step(stage: str, number: int) -> Callable[[Runs], bool]:
 
 def ray_is_starting(runs: Runs) -> bool:
     """The first of Ray's processes is there, and no actor yet."""
-    return any("gcs_server" in _command(process) for process in runs.family())
+    return any("gcs_server" in command for _, command in runs.family())
 
 
 def publishing(audit: Path) -> Callable[[Runs], bool]:
     """The coordinator has opened the audit log, to record that the emulator goes out."""
 
     def opened(runs: Runs) -> bool:
-        for process in runs.family():
+        for process, command in runs.family():
             try:
-                if "Coordinator" in _command(process) and any(file.path == str(audit) for file in process.open_files()):
+                if "Coordinator" in command and any(file.path == str(audit) for file in process.open_files()):
                     return True
             except psutil.Error:
                 continue
@@ -187,6 +193,15 @@ def test_interrupted_while_ray_starts_the_emulator_goes_out_or_rows_are_measured
     assert all(rest["report"]["tenants"][0][row] > 0 for row in ROWS)
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
 def test_the_signal_that_came_is_named_whoever_raises(number: signal.Signals, raised: type[BaseException]) -> None:
