@@ -267,11 +267,20 @@ class TestRefused:
 
     def test_missing_data(self, place: Path, warm: Warm) -> None:
         done = warm.scaleot(
-            "tune", "--emulator", "emulator", "--train", "none.jsonl", "--output", "x", "--format", "json", cwd=place
+            "tune",
+            "--emulator",
+            "emulator",
+            "--train",
+            "none.jsonl",
+            "--output",
+            "untouched",
+            "--format",
+            "json",
+            cwd=place,
         )
         assert (done.code, done.error["type"]) == (2, "DataError")
         assert "none.jsonl" in done.error["message"]
-        assert not (place / "x").exists()
+        assert not (place / "untouched").exists()
 
     def test_wrong_column(self, place: Path, warm: Warm) -> None:
         done = warm.scaleot(
@@ -314,13 +323,13 @@ class TestRefused:
 
     def test_too_many_plug_in_layers(self, place: Path, warm: Warm) -> None:
         done = warm.scaleot(
-            *("build", "--model", "model", "--public", "public.jsonl", "--output", "x", "--plug-in-layers", 8),
+            *("build", "--model", "model", "--public", "public.jsonl", "--output", "untouched", "--plug-in-layers", 8),
             *(*BUILD, "--format", "json"),
             cwd=place,
         )
         assert done.code == 2
         assert "plug_in_layers" in done.error["message"]
-        assert not (place / "x").exists()
+        assert not (place / "untouched").exists()
 
     def test_an_emulator_that_hides_nothing(self, place: Path, warm: Warm) -> None:
         done = warm.scaleot(

@@ -1,11 +1,12 @@
 import pytest
 
+from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.emulator import privacy
 from scaleot_ray.emulator.build import FullModelFacts
 from scaleot_ray.emulator.privacy import PrivacyLevel, build_for_privacy
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.evaluation.loss import evaluate_loss
-from tests.emulator.test_build import STREAM, _base, _settings, _stage_one
+from tests.emulator.test_build import STREAM, _base, _stage_one
 
 HELD_OUT = STREAM.fixed(2)
 
@@ -14,7 +15,8 @@ def _build(monkeypatch, margin, verbatim):
     monkeypatch.setitem(privacy.LEVELS, "medium", PrivacyLevel(margin, verbatim))
     base = _base()
     facts = FullModelFacts("0" * 64, evaluate_loss(base.model, HELD_OUT).value)
-    return build_for_privacy(base, _stage_one(base), _settings(privacy="medium"), facts, HELD_OUT)
+    settings = EmulatorSettings(plug_in_layers=2, compression="svd", privacy="medium")
+    return build_for_privacy(base, _stage_one(base), settings, facts, HELD_OUT)
 
 
 def test_the_first_emulator_that_meets_both_bounds_is_built(monkeypatch):
