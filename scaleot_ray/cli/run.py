@@ -72,10 +72,16 @@ def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[M
         console.print(line, markup=False, soft_wrap=True)
     console.print(
         f"{clock(seconds['total'])} in all, peak memory of all processes {bytes_text(report['peak_rss_bytes'])}; "
-        f"everything is in {report['directory']}",
+        f"everything is in {_from_here(report['directory'])}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _from_here(directory: str) -> str:
+    """A path as short as it can be typed in the present folder."""
+    path, here = Path(directory), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else directory
 
 
 def emulator_lines(emulator: Mapping[str, Any]) -> list[str]:

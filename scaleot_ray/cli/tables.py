@@ -28,7 +28,7 @@ MEASURES = {
 def show_standard_table(console: Console, tenants: Sequence[Mapping[str, Any]]) -> None:
     """The five rows with one column per tenant, then Δ and the recovered gain G.
 
-    A loss has its perplexity beside it. Multiple-choice tenants get the same rows once more for each of
+    A loss has its perplexity in brackets. Multiple-choice tenants get the same rows once more for each of
     their further measures.
 
     Args:
@@ -52,20 +52,18 @@ def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str,
 
     rows = [row for row in ROW_TITLES if any(values.get(row) is not None for _, _, values in columns)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     cells = []
     for name, measure, values in columns:
-        table.add_column(f"{name}\n{MEASURES.get(measure, measure)}", justify="right")
-        cells.append([*(number(values.get(row)) for row in rows), delta_text(values), gain_text(values.get("gain"))])
-        if "perplexity" in values:
-            table.add_column("\nperplexity ↓", justify="right")
-            cells.append([*(perplexity_text(values["perplexity"].get(row)) for row in rows), "", ""])
+        title = "loss, nats ↓ (perplexity)" if "perplexity" in values else MEASURES.get(measure, measure)
+        table.add_column(f"{name}\n{title}", justify="right")
+        cells.append([*(score_text(values, row) for row in rows), delta_text(values), gain_text(values.get("gain"))])
     *scores, delta, gain = zip(*cells, strict=True)
     for row, texts in zip(rows, scores, strict=True):
         table.add_row(ROW_TITLES[row], *texts)
     table.add_section()
     if any(values.get("delta") is not None for _, _, values in columns):
-        table.add_row("Δ plug-in − emulator tuned", *delta)
+        table.add_row("Δ to emulator tuned", *delta)
     if any(values.get("full_tuned") is not None for _, _, values in columns):
         table.add_row("G recovered gain", *gain)
     console.print(table)
@@ -101,15 +99,20 @@ def privacy_text(privacy: Mapping[str, Any]) -> str:
     )
 
 
+def score_text(values: Mapping[str, Any], row: str) -> str:
+    """A row's value, and in brackets the perplexity that a loss means: ``3.001 (20.1)``."""
+    perplexity = (values.get("perplexity") or {}).get(row)
+    beside = f" ({perplexity_text(perplexity)})" if perplexity is not None else ""
+    return number(values.get(row)) + beside
+
+
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def perplexity_text(value: float | None) -> str:
-    """About three digits, ``20.1`` or ``1234``; a dash where it is not known."""
-    if value is None:
-        return "–"
+def perplexity_text(value: float) -> str:
+    """About three digits, ``20.1`` or ``1234``."""
     digits = 2 if value < 10 else 1 if value < 1000 else 0
     return f"{value:.{digits}f}" if value < 1e6 else f"{value:.1e}"
 

@@ -150,13 +150,19 @@ class TestTable:
         rows = {"full_zero_shot": 21.98, "emulator_zero_shot": None, "emulator_tuned": 1234.5, "plug_in": 2.5e7}
         choice = {**TENANT, "name": "bob", "metric": "accuracy"}
         text = shown({**TENANT, "perplexity": {**rows, "full_tuned": 1.234}}, choice)
-        assert text.count("perplexity ↓") == 1
+        assert text.count("(perplexity)") == 1
         lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
-        assert lines["full zero-shot"][-3:] == ["3.090", "22.0", "3.090"]
-        assert lines["emulator zero-shot"][-3:] == ["4.220", "–", "4.220"]
-        assert lines["emulator tuned"][-2] == "1234"
-        assert lines["plug-in"][-2] == "2.5e+07"
-        assert lines["full tuned"][-2] == "1.23"
+        assert lines["full zero-shot"][-3:] == ["3.090", "(22.0)", "3.090"]
+        assert lines["emulator zero-shot"][-2:] == ["4.220", "4.220"]
+        assert lines["emulator tuned"][-2] == "(1234)"
+        assert lines["plug-in"][-2] == "(2.5e+07)"
+        assert lines["full tuned"][-2] == "(1.23)"
+
+    def test_two_tenants_fit_a_terminal_of_80_columns(self) -> None:
+        losses = dict.fromkeys(("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned"), 9.9)
+        text = shown(*({**TENANT, "name": name, "perplexity": losses} for name in ("language-reference", "bob")))
+        assert max(map(len, text.splitlines())) <= 80
+        assert text.count("-0.500 (-0.550 to -0.450)") == 2
 
     def test_rows_that_nobody_has_are_left_out(self) -> None:
         text = shown({**TENANT, "full_tuned": None, "gain": None})

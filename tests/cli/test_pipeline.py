@@ -146,7 +146,7 @@ class TestEval:
         assert done.code == 0
         assert "emulator zero-shot" in done.out
         assert "full zero-shot" not in done.out
-        assert "perplexity ↓" in done.out
+        assert "(perplexity)" in done.out
 
 
 class TestPlug:
