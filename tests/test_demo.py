@@ -52,8 +52,10 @@ def test_every_tenant_gains_what_was_promised(report: dict[str, Any]) -> None:
         assert tenant["gain"]["low"] < tenant["gain"]["value"] < tenant["gain"]["high"]
 
 
-def test_it_stays_within_memory(report: dict[str, Any]) -> None:
+def test_it_stays_within_memory_and_time(report: dict[str, Any]) -> None:
+    """On 2 otherwise idle cores; whatever runs beside it counts against it."""
     assert report["peak_rss_bytes"] <= 10e9
+    assert report["seconds"]["total"] <= 15 * 60
 
 
 def test_only_what_may_cross_has_crossed(report: dict[str, Any]) -> None:
