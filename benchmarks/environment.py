@@ -1,10 +1,8 @@
-"""What a benchmark's JSON says about how it was made: command, versions, date, machine; no paths of a machine."""
+"""What a benchmark's JSON says about how it was made: versions, date, machine."""
 
 from __future__ import annotations
 
 import platform
-import shlex
-from collections.abc import Collection, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -40,24 +38,6 @@ def environment() -> dict[str, Any]:
 def now() -> str:
     """ISO 8601 in UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def portable_command(module: str, arguments: Sequence[str], paths: Collection[str]) -> str:
-    """The command line as it may be committed: of a path nothing but its last part.
-
-    Args:
-        module: what ``python -m`` ran.
-        arguments: as given.
-        paths: options whose value is a path.
-    """
-    shown, is_path = [], False
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if equals and option in paths:
-            argument = f"{option}={Path(value).name}"
-        shown.append(Path(argument).name if is_path else argument)
-        is_path = argument in paths
-    return shlex.join(["python", "-m", module, *shown])
 
 
 def _processor() -> str:

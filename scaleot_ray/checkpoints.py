@@ -87,9 +87,7 @@ def read_state(path: Path, key: str) -> tuple[dict[str, torch.Tensor], str]:
         header = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     text = header.pop(key)
-    # Files of the first days have no checksum; they are taken as they are.
-    checksum = header.pop(_CHECKSUM, None)
-    if header or (checksum is not None and checksum != _checksum(tensors, text)):
+    if header.pop(_CHECKSUM) != _checksum(tensors, text) or header:
         raise ValueError("its bytes are not those that were written")
     return tensors, text
 

@@ -13,9 +13,9 @@ import torch
 from benchmarks.cells.cell import Cell
 from benchmarks.cells.document import RUN_FILE, Record, summarise
 from benchmarks.cells.runner import CellRunner
-from benchmarks.environment import portable_command, use_threads
-from scaleot_ray.cli.failure import explain
-from scaleot_ray.errors import ConfigError, ScaleOTError
+from benchmarks.command import exit_code_of, portable_command
+from benchmarks.environment import use_threads
+from scaleot_ray.errors import ConfigError
 from scaleot_ray.stages.record import read_record, write_record
 
 _PATHS = ("--model", "--data", "--output", "--json")
@@ -23,15 +23,10 @@ _PATHS = ("--model", "--data", "--output", "--json")
 
 def run_main(given: Sequence[str], run: Callable[[Sequence[str]], int], summary: Callable[[Sequence[str]], int]) -> int:
     """Runs ``summary ...`` or the rest; errors come without a stack trace. Gives the exit code."""
-    try:
-        return summary(given[1:]) if given[:1] == ["summary"] else run(given)
-    except ScaleOTError as error:
-        failure = explain(error)
-        print(failure.as_text(), file=sys.stderr)
-        return failure.code
-    except KeyboardInterrupt:
-        print("Interrupted. Finished cells are kept; the same command goes on with the others.", file=sys.stderr)
-        return 130
+    return exit_code_of(
+        lambda: summary(given[1:]) if given[:1] == ["summary"] else run(given),
+        "Interrupted. Finished cells are kept; the same command goes on with the others.",
+    )
 
 
 def add_common(parser: argparse.ArgumentParser, tasks: Sequence[str]) -> None:

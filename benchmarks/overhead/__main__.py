@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment, now, portable_command, use_threads
+from benchmarks.command import exit_code_of, portable_command
+from benchmarks.environment import environment, now, use_threads
 from benchmarks.overhead.costs import compare_costs
 from benchmarks.overhead.object_store import compare_object_store
 from benchmarks.overhead.subjects import untrained_emulator, whole_model
 from benchmarks.overhead.trainer import compare_trainers
 from benchmarks.quality.plan import Triplet
 from scaleot_ray.artifacts import Artifact, read_artifact, write_artifact
-from scaleot_ray.cli.failure import explain
 from scaleot_ray.config import EmulatorSettings, ModelSettings, TuneSettings
 from scaleot_ray.emulator.assemble import emulator_content
-from scaleot_ray.errors import ConfigError, ScaleOTError
+from scaleot_ray.errors import ConfigError
 from scaleot_ray.families.loading import load_base_model
 from scaleot_ray.stages.record import write_record
 
@@ -32,15 +32,7 @@ PATHS = ("--model", "--output")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; gives the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _run(given)
-    except ScaleOTError as error:
-        failure = explain(error)
-        print(failure.as_text(), file=sys.stderr)
-        return failure.code
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        return 130
+    return exit_code_of(lambda: _run(given), "Interrupted; nothing was written.")
 
 
 def _run(given: list[str]) -> int:

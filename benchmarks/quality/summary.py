@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cells.measured import MEASURES
-from benchmarks.cells.numbers import BRACKETS, HEADINGS, gain, number, table, with_interval
+from benchmarks.cells.markdown import gain, number, tables, with_interval
 
 _TITLES = {
     "closed_form": "ScaleOT, closed-form start",
@@ -28,14 +27,7 @@ def order(facts: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The means over seeds, one table for each measure."""
-    entries = document["over_seeds"]
-    lines: list[str] = []
-    for measure in dict.fromkeys(measure for measures in MEASURES.values() for measure in measures):
-        rows = [_row(entry, measure) for entry in entries if measure in entry["measures"]]
-        if rows:
-            lines += ["", f"**{HEADINGS[measure]}**", "", *table(_COLUMNS, rows)]
-    lines += ["", BRACKETS, *(f"`{command}`" for command in document.get("commands", ()))]
-    return "\n".join(lines).strip() + "\n"
+    return tables(document, _COLUMNS, _row)
 
 
 def _row(entry: Mapping[str, Any], measure: str) -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cells.measured import MEASURES
-from benchmarks.cells.numbers import BRACKETS, HEADINGS, gain, number, table, with_interval
+from benchmarks.cells.markdown import gain, number, tables, with_interval
 
 AHEAD = 0.2
 """A plug-in counts only where it is ahead of the tuned emulator by this share of the full gain."""
@@ -22,36 +21,26 @@ def order(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     return facts["kind"], facts["task"], facts["label"]
 
 
-def ahead(found: Mapping[str, Any], measure: str) -> float | None:
-    """(plug-in − emulator tuned) / (full tuned − full zero-shot), both as improvements; None where G cannot be said."""
+def ahead(found: Mapping[str, Any]) -> float | None:
+    """(plug-in − emulator tuned) / (full tuned − full zero-shot), whichever way is better; None where G is."""
     if not found["gain"]["usable"]:
         return None
     rows = {row: values["value"] for row, values in found["rows"].items()}
-    sign = -1 if measure == "loss" else 1
-    full = rows["full_tuned"] - rows["full_zero_shot"]
-    return sign * (rows["plug_in"] - rows["emulator_tuned"]) / (sign * full)
+    return (rows["plug_in"] - rows["emulator_tuned"]) / (rows["full_tuned"] - rows["full_zero_shot"])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The means over seeds, one table for each measure."""
-    entries = document["over_seeds"]
-    lines: list[str] = []
-    for measure in dict.fromkeys(measure for measures in MEASURES.values() for measure in measures):
-        rows = [_row(entry, measure) for entry in entries if measure in entry["measures"]]
-        if rows:
-            lines += ["", f"**{HEADINGS[measure]}**", "", *table(_COLUMNS, rows)]
-    lines += [
-        "",
-        f"ahead: how far the plug-in is ahead of the tuned emulator, as a share of the full gain; G in parentheses "
-        f"where that is less than {100 * AHEAD:.0f} %. {BRACKETS}",
-        *(f"`{command}`" for command in document.get("commands", ())),
-    ]
-    return "\n".join(lines).strip() + "\n"
+    legend = (
+        "ahead: how far the plug-in is ahead of the tuned emulator, as a share of the full gain; G in parentheses "
+        f"where that is less than {100 * AHEAD:.0f} %."
+    )
+    return tables(document, _COLUMNS, _row, legend)
 
 
 def _row(entry: Mapping[str, Any], measure: str) -> list[str]:
     found = entry["measures"][measure]
-    lead = ahead(found, measure)
+    lead = ahead(found)
     shown = gain(found["gain"])
     return [
         entry["task"],

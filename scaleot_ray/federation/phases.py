@@ -6,6 +6,7 @@ of them, ends the run with an error that names it.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,9 +28,9 @@ from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.machine import Machine
 from scaleot_ray.federation.model_owner import ModelOwner, OwnerSections
 from scaleot_ray.federation.needs import RAY, Memory, Needs
-from scaleot_ray.federation.processes import PeakMemory, end, wait_for_end
+from scaleot_ray.federation.processes import PeakMemory, end, end_marked, wait_for_end
 from scaleot_ray.federation.report import RunReport, TenantResult
-from scaleot_ray.federation.role import Present, start, stop
+from scaleot_ray.federation.role import ACTORS, Present, start, stop
 from scaleot_ray.federation.schedule import Work, next_work
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress
@@ -112,6 +113,7 @@ class Phases:
         self.folder, self.memory, self.on_progress = folder, memory, on_progress
         self.tenants = [Tenant(tenant) for tenant in settings.tenants]
         self.actors: list[Running] = []
+        self._mark = secrets.token_hex(8)
         self._waiting: dict[ray.ObjectRef, tuple[Running, Callable[[Any], None]]] = {}
         self._works: list[Work] = []
         self._spans: dict[str, tuple[float, float]] = {}
@@ -126,8 +128,8 @@ class Phases:
             end({actor.pid for actor in self.actors if actor.pid is not None}, _UNWIND_SECONDS)
         for actor in self.actors:
             stop(actor.handle)
-            if actor.pid is not None:
-                wait_for_end(actor.pid, _UNWIND_SECONDS)
+        # Told to end, not ended yet; and an actor that was still starting has not told us its process.
+        end_marked(ACTORS, self._mark)
         self.actors.clear()
 
     def run(self) -> RunReport:
@@ -243,7 +245,7 @@ class Phases:
     def _start(self, actor: Running, kind: Any, cpus: int, gpus: float, *arguments: Any, claim: bool = True) -> None:
         if actor is not self.coordinator:
             arguments = (cpus, self.coordinator.handle, *arguments)
-        actor.handle = start(kind, self.session, cpus, gpus, *arguments, claim=claim)
+        actor.handle = start(kind, self.session, cpus, gpus, *arguments, mark=self._mark, claim=claim)
         self.actors.append(actor)
 
         def present(answer: Present) -> None:

@@ -14,6 +14,7 @@ import transformers
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress, Progress
 
+ACTORS = "SCALEOT_ACTORS"  # in the environment of every actor's process: which run it belongs to
 _REPORT_SECONDS = 0.25  # a report costs a message; nobody reads more than four a second
 
 
@@ -66,7 +67,7 @@ class Role:
         return report
 
 
-def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any, claim: bool = True) -> Any:
+def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any, mark: str, claim: bool = True) -> Any:
     """Starts an actor with exactly these processors.
 
     Args:
@@ -75,9 +76,10 @@ def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any,
         cpus: threads it computes with.
         gpus: GPUs, or a share of one; with 0 it sees none.
         arguments: of its constructor.
+        mark: value of :data:`ACTORS` in its environment; finds its process before it has answered.
         claim: whether Ray counts the processors; the coordinator, which only waits, claims none.
     """
-    environment = thread_environment(cpus)
+    environment = {**thread_environment(cpus), ACTORS: mark}
     if not gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return actor.options(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.environment import portable_command
+from benchmarks.command import portable_command
 from benchmarks.overhead.__main__ import main
 from benchmarks.overhead.costs import compare_costs
 from benchmarks.overhead.process_memory import forget_peak, peak_bytes

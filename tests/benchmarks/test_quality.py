@@ -17,15 +17,6 @@ from scaleot_ray.evaluation.choice import ChoiceScore
 from scaleot_ray.evaluation.score import Blocks
 from scaleot_ray.evaluation.table import ROWS
 from tests.benchmarks.tiny_data import write_tiny_data
-from tests.tiny_models import save_tiny
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quality")
-    save_tiny(folder / "model")
-    write_tiny_data(folder / "data")
-    return folder
 
 
 def _run(place: Path, *more: str) -> int:

@@ -14,15 +14,6 @@ from benchmarks.utility.plan import BUDGETS, Point
 from benchmarks.utility.summary import ahead, markdown
 from scaleot_ray.errors import ConfigError
 from tests.benchmarks.tiny_data import write_tiny_data
-from tests.tiny_models import save_tiny
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("utility")
-    save_tiny(folder / "model")
-    write_tiny_data(folder / "data")
-    return folder
 
 
 def _run(place: Path, *more: str) -> int:
@@ -79,10 +70,10 @@ def _entry(plug_in: float) -> dict[str, Any]:
 
 
 def test_a_gain_counts_only_ahead_of_the_tuned_emulator() -> None:
-    assert ahead(_entry(2.6)["measures"]["loss"], "loss") == pytest.approx(0.4)
+    assert ahead(_entry(2.6)["measures"]["loss"]) == pytest.approx(0.4)
     assert "(0.80 [0.10, 0.90])" not in markdown({"over_seeds": [_entry(2.6)]})
     behind = _entry(2.75)
-    assert ahead(behind["measures"]["loss"], "loss") == pytest.approx(0.1)
+    assert ahead(behind["measures"]["loss"]) == pytest.approx(0.1)
     assert "(0.50 [0.10, 0.90])" in markdown({"over_seeds": [behind]})
 
 

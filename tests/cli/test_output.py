@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -77,6 +78,15 @@ def test_numbers_that_json_lacks_become_null() -> None:
     json.dumps(finite({"x": float("nan")}), allow_nan=False)
 
 
+def _all_of(terminal: int) -> str:
+    """Everything written to a terminal whose other side is closed; it comes in several pieces."""
+    pieces = []
+    with os.fdopen(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):  # EIO: nothing is left
+        while piece := stream.read(65536):
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
 class TestProgress:
     def test_lines_now_and_then_without_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = [0.0]
@@ -99,8 +109,7 @@ class TestProgress:
             bars(Progress("tune alice", 3, 10, 2.5))
             bars(Progress("tune bob", 4, 10))
             bars(Progress("tune alice", 10, 10, 2.25))
-        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(main, 65536).decode())
-        os.close(main)
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", _all_of(main))
         assert "10/10 loss 2.250" in text
         assert "tune bob" in text
 

@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from scaleot_ray import checkpoints
 from scaleot_ray.config import StageOneSettings
@@ -201,18 +199,6 @@ def test_moments_of_an_attempt_that_left_no_state_are_replaced(tmp_path):
     path.unlink()
     assert _same(_train(), _train(checkpoint=path))
     assert _same(_train(), StageOne.load(path)[0])
-
-
-def test_a_result_without_checksums_is_taken_as_it_is(tmp_path):
-    """As the first versions wrote them."""
-    path = tmp_path / "stage_one.safetensors"
-    whole = _train(checkpoint=path)
-    for file in tmp_path.iterdir():
-        with safe_open(file, framework="pt") as old:
-            header = {name: text for name, text in old.metadata().items() if name != "sha256"}
-            tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118 (no mapping)
-        save_file(tensors, file, header)
-    assert _same(whole, StageOne.load(path)[0])
 
 
 def test_a_masked_out_harmonizer_is_not_touched():

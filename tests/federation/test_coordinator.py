@@ -65,7 +65,7 @@ def audit(tmp_path: Path) -> AuditLog:
 @pytest.fixture
 def coordinator(connected_ray: Session, audit: AuditLog) -> Any:
     """A coordinator that lives for one test."""
-    actor = start(Coordinator, connected_ray, 1, 0, str(audit.path), claim=False)
+    actor = start(Coordinator, connected_ray, 1, 0, str(audit.path), mark="", claim=False)
     yield actor
     stop(actor)
 
@@ -169,7 +169,7 @@ def test_an_evaluators_table_is_a_crossing_of_its_own(coordinator: Any, parts: P
 
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_an_actor_has_exactly_its_threads(connected_ray: Session, cpus: int) -> None:
-    actor = start(ray.remote(Role), connected_ray, cpus, 0, "someone", cpus)
+    actor = start(ray.remote(Role), connected_ray, cpus, 0, "someone", cpus, mark="")
     present: Present = ray.get(actor.present.remote())
     environment = psutil.Process(present.pid).environ()
     stop(actor)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest
 from scaleot_ray.cli.tables import show_standard_table
 from scaleot_ray.config import DataSettings, RunSettings, TuneSettings
-from scaleot_ray.errors import ConfigError, DataError
+from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.evaluation.table import ROWS
+from scaleot_ray.federation.coordinator import COORDINATOR, Coordinator
+from scaleot_ray.federation.phases import Phases, Running
+from scaleot_ray.federation.processes import marked
 from scaleot_ray.federation.report import RunReport
+from scaleot_ray.federation.role import ACTORS
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import Progress
@@ -183,6 +188,26 @@ def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
     assert type(caught.value) is DataError
     assert not actors_left()
     read_artifact(Path(settings.output) / "emulator")  # what was finished is whole
+
+
+def test_an_actor_that_is_still_starting_goes_with_the_rest(
+    tmp_path: Path, connected_ray: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(phases: Phases) -> None:
+        actor = Running(COORDINATOR, None)
+        phases.coordinator = actor
+        phases._start(actor, Coordinator, 1, 0, str(tmp_path / "audit.jsonl"), claim=False)
+        while not marked(ACTORS, phases._mark):
+            time.sleep(0.01)
+        marks.append(phases._mark)
+        assert actor.pid is None
+        raise RunFailed("Something else failed.", "None.")
+
+    marks = list[str]()
+    monkeypatch.setattr(Phases, "run", run)
+    with pytest.raises(RunFailed, match="Something else"):
+        run_local(write_tiny_run(tmp_path))
+    assert not marked(ACTORS, marks[0])
 
 
 def choices(path: Path, seed: int) -> Path:

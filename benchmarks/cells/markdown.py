@@ -1,9 +1,11 @@
-"""Figures as Markdown tables show them."""
+"""A document of cells as Markdown: one table per measure, and how figures look in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from benchmarks.cells.measured import MEASURES
 
 HEADINGS = {
     "loss": "Loss, nats per token (lower is better)",
@@ -14,6 +16,30 @@ HEADINGS = {
 """Title of each measure's table."""
 
 BRACKETS = "In brackets: 95 % bootstrap interval over test rows, paired where it is a difference or a ratio."
+
+
+def tables(
+    document: Mapping[str, Any],
+    columns: Sequence[str],
+    row: Callable[[Mapping[str, Any], str], Sequence[str]],
+    legend: str = "",
+) -> str:
+    """The means over seeds, one table for each measure, then what the columns mean and the commands.
+
+    Args:
+        document: what :func:`benchmarks.cells.document.summarise` gives.
+        columns: headings.
+        row: the cells of a line, from an entry and a measure's name.
+        legend: said below the tables, before what brackets mean.
+    """
+    entries = document["over_seeds"]
+    lines: list[str] = []
+    for measure in dict.fromkeys(measure for measures in MEASURES.values() for measure in measures):
+        rows = [row(entry, measure) for entry in entries if measure in entry["measures"]]
+        if rows:
+            lines += ["", f"**{HEADINGS[measure]}**", "", *table(columns, rows)]
+    lines += ["", f"{legend} {BRACKETS}".strip(), *(f"`{command}`" for command in document.get("commands", ()))]
+    return "\n".join(lines).strip() + "\n"
 
 
 def number(measure: str, value: float, sign: bool = False) -> str:
