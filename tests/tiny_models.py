@@ -25,6 +25,22 @@ _SIZES: dict[str, Any] = {
 }
 _PLAIN = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
 
+
+def _opt(**settings: Any) -> Any:
+    return transformers.OPTConfig(
+        vocab_size=97,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **settings,
+    )
+
+
 TINY: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama-untied-bias": lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=False, attention_bias=True),
@@ -33,23 +49,20 @@ TINY: dict[str, Any] = {
     "qwen3": lambda: transformers.Qwen3Config(**_SIZES, head_dim=8),
     "gemma2": lambda: transformers.Gemma2Config(**_SIZES, head_dim=8, sliding_window=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=8),
+    # Every fourth layer has no position encoding; here these layers also see a window only.
+    "smollm3": lambda: transformers.SmolLM3Config(**_SIZES, use_sliding_window=True, sliding_window=8),
     "phi3": lambda: transformers.Phi3Config(**_SIZES),
+    "phi3-sliding": lambda: transformers.Phi3Config(**_SIZES, sliding_window=8),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=97, n_embd=32, n_layer=8, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
-    "opt": lambda: transformers.OPTConfig(
-        vocab_size=97,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
+    "opt": lambda: _opt(word_embed_proj_dim=32),
+    # As OPT-350M: norms after the residual, none at the end, embeddings narrower than the layers.
+    "opt-post-norm": lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
     "neox": lambda: transformers.GPTNeoXConfig(**_PLAIN, tie_word_embeddings=False),
+    "neox-sequential": lambda: transformers.GPTNeoXConfig(
+        **_PLAIN, tie_word_embeddings=False, use_parallel_residual=False
+    ),
     "bloom": lambda: transformers.BloomConfig(
         vocab_size=97, hidden_size=32, n_layer=8, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),

@@ -1,4 +1,4 @@
-"""Llama-like decoders: Llama, SmolLM, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3."""
+"""Llama-like decoders: Llama, SmolLM, SmolLM3, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3."""
 
 from scaleot_ray.families.family import Family, Projection
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: parallel residual, query, key and value fused head by head."""
+"""GPT-NeoX and Pythia: residual branches parallel or in sequence; query, key and value fused head by head."""
 
 from scaleot_ray.families.family import Family, Projection, rows_by_head
 

@@ -1,4 +1,4 @@
-"""OPT: learned positions, biases everywhere, separate query, key and value."""
+"""OPT: learned positions, biases everywhere, separate query, key and value; norms before or (350M) after."""
 
 from scaleot_ray.families.family import Family, Projection
 

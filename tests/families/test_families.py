@@ -13,7 +13,7 @@ from scaleot_ray.families import FAMILIES, Projection, dense_weight, family_of, 
 from scaleot_ray.families.family import head_size
 from tests.tiny_models import TINY, tiny_model, tiny_tokens
 
-FUSED = ("phi3", "gpt2", "neox", "bloom")
+FUSED = ("phi3", "phi3-sliding", "gpt2", "neox", "neox-sequential", "bloom")
 BY_NAME = tuple(name for name in TINY if name not in FUSED)
 
 
@@ -160,7 +160,7 @@ def test_phi3_gate_and_up_are_the_parts_of_its_mlp() -> None:
 
 
 def test_grouped_query_attention_has_fewer_key_and_value_rows() -> None:
-    for name in ("llama", "mistral-sliding", "qwen2", "qwen3", "gemma2", "gemma3"):
+    for name in ("llama", "mistral-sliding", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3"):
         layer = family_of(TINY[name]()).layers(tiny_model(name))[0]
         shapes = [tuple(dense_weight(getattr(layer.self_attn, f"{part}_proj")).shape) for part in "qkv"]
         assert shapes == [(32, 32), (16, 32), (16, 32)]
@@ -174,12 +174,21 @@ def test_tied_and_untied_heads_are_both_among_the_models(name: str) -> None:
     model = tiny_model(name)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == model.config.tie_word_embeddings
-    untied = {"llama-untied-bias", "mistral-sliding", "qwen2", "qwen3", "phi3", "neox"}
+    untied = {
+        "llama-untied-bias",
+        "mistral-sliding",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "phi3-sliding",
+        "neox",
+        "neox-sequential",
+    }
     assert tied == (name not in untied)
 
 
 def test_biases_are_part_of_the_projections() -> None:
-    for name in ("llama-untied-bias", "qwen2", "gpt2", "opt", "neox", "bloom"):
+    for name in ("llama-untied-bias", "qwen2", "gpt2", "opt", "opt-post-norm", "neox", "neox-sequential", "bloom"):
         model = tiny_model(name)
         family = family_of(model.config)
         module = family.layers(model)[0].get_submodule(family.attention[0].path)
@@ -187,7 +196,17 @@ def test_biases_are_part_of_the_projections() -> None:
         assert module.bias.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2", "gemma3", "qwen2"])
+def test_residuals_norms_embeddings_and_positions_of_both_ways_are_among_the_models() -> None:
+    assert {TINY[name]().use_parallel_residual for name in ("neox", "neox-sequential")} == {True, False}
+    before, after = (tiny_model(name).model.decoder for name in ("opt", "opt-post-norm"))
+    assert before.final_layer_norm is not None
+    assert before.project_in is None
+    assert after.final_layer_norm is None
+    assert (after.project_in.in_features, after.project_in.out_features) == (16, 32)
+    assert set(TINY["smollm3"]().no_rope_layers) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2", "gemma3", "qwen2", "smollm3", "phi3-sliding"])
 @torch.no_grad()
 def test_a_sliding_window_really_limits_what_is_seen(name: str) -> None:
     model = tiny_model(name)
@@ -222,8 +241,9 @@ class _Identity(torch.nn.Module):
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert {family_of(config()).name for config in TINY.values()} == {family.name for family in FAMILIES}
+def test_every_model_type_has_a_tiny_model() -> None:
+    types = {model_type for family in FAMILIES for model_type in family.model_types}
+    assert {config().model_type for config in TINY.values()} == types
 
 
 def test_no_model_type_belongs_to_two_families() -> None:
