@@ -21,7 +21,7 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none, or it has no fast (``tokenizer.json``) form.
     """
-    source = resolve_source(place, "model.tokenizer", ("tokenizer*",))
+    source = resolve_source(place, "model.tokenizer", ("tokenizer*|vocab*",))
     remedy = "Set model.tokenizer to a directory that holds tokenizer.json, or to a model id that has one."
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
