@@ -1,7 +1,7 @@
 """What a delta must be before it leaves a data owner, and before the model owner takes it in.
 
 A delta has exactly the tensors that its method has in the plug-in layers of the emulator it was tuned
-on: nothing else can travel in it.
+on, and no more bytes than those layers: nothing else can travel in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 
 from scaleot_ray.artifacts.emulator_gate import model_sizes
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
+from scaleot_ray.artifacts.raw_bytes import DTYPES
 from scaleot_ray.artifacts.tensor_roles import emulator_content, family_named
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import Family
@@ -28,7 +29,7 @@ def check_delta(manifest: Manifest, parent: Manifest | None) -> None:
         parent: the emulator's that it was tuned on.
 
     Raises:
-        ArtifactRefused: names the tensor or setting.
+        ArtifactRefused: names the tensor or setting, or the delta is larger than :func:`delta_limit`.
     """
     content = manifest.content
     assert isinstance(content, DeltaContent)  # Manifest ties content to kind
@@ -62,6 +63,24 @@ def check_delta(manifest: Manifest, parent: Manifest | None) -> None:
             raise ArtifactRefused(f"tensor {name!r} has shape {entry.shape}, expected {expected[name]}.", _REMEDY)
         if not entry.dtype.startswith(("float", "bfloat")):
             raise ArtifactRefused(f"tensor {name!r} has type {entry.dtype}; a delta holds floats.", _REMEDY)
+    size, limit = sum(entry.nbytes for entry in manifest.tensors.values()), delta_limit(parent)
+    if size > limit:
+        raise ArtifactRefused(
+            f"the delta of method {content.method!r} has {size} bytes, more than the {limit} of the plug-in layers "
+            "that it changes.",
+            "Tune with a smaller tune.lora_rank or tune.bottleneck_width, or with tune.method=layers; send the delta "
+            "as scaleot_ray wrote it.",
+        )
+
+
+def delta_limit(parent: Manifest) -> int:
+    """Bytes of the largest delta on the emulator ``parent``: its plug-in layers', in the type that deltas have.
+
+    That type is fp32, or fp64 for an fp64 model.
+    """
+    layers = [family_named(parent).layer_prefix(position) for position in emulator_content(parent).plug_in_positions]
+    entries = [entry for name, entry in parent.tensors.items() if name.startswith(tuple(layers))]
+    return sum(entry.parameters * max(DTYPES[entry.dtype].itemsize, 4) for entry in entries)
 
 
 def expected_tensors(content: DeltaContent, parent: Manifest, family: Family) -> dict[str, list[int]]:

@@ -26,28 +26,22 @@ _LEAVE_OUT = "Leave it out; send metrics as scaleot_ray wrote them."
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_./ -]{1,100}")
 
 
-def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, max_bytes: int | None = None) -> None:
+def check_crossing(artifact: Artifact, *, parent: Manifest | None = None) -> None:
     """Lets an artefact pass, or says why it must not cross.
 
     Args:
         artifact: what is to cross, in either direction.
         parent: the emulator's manifest; deltas and metrics are checked against it. Metrics pass without
             one only if they name no model, licence or parent.
-        max_bytes: refuse more than this.
 
     Raises:
-        ArtifactRefused: it is of no known kind, larger than ``max_bytes``, not what its manifest says,
-            holds files its kind does not have or a card of its own wording, an emulator that hides
-            nothing, a delta of another parent or with tensors that its method does not have, or metrics
-            that are no plain numbers.
+        ArtifactRefused: it is of no known kind, not what its manifest says, holds files its kind does not
+            have or a card of its own wording, an emulator that hides nothing, a delta of another parent,
+            with tensors that its method does not have or larger than the layers it changes, or metrics
+            that are no plain numbers or too many.
     """
     # Read back as the receiver will: a manifest put together in memory may have skipped its own checks.
     manifest = parse_manifest(render_manifest(artifact.manifest))
-    if max_bytes is not None and artifact.nbytes > max_bytes:
-        raise ArtifactRefused(
-            f"the {manifest.kind} has {artifact.nbytes} bytes, more than the {max_bytes} that may cross.",
-            "Raise the limit, or send less: a smaller emulator, a delta of lower rank.",
-        )
     _check_files(manifest)
     if manifest.kind == "emulator":
         check_emulator(manifest)

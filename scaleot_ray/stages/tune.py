@@ -25,7 +25,7 @@ from scaleot_ray.families.loading import load_tokenizer, resolve_device
 from scaleot_ray.plugin import plug
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
-from scaleot_ray.stages.limits import check_block_size, vocabulary_size
+from scaleot_ray.stages.limits import check_block_size, check_delta_size, vocabulary_size
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import TestRows, numbers
 from scaleot_ray.tuning import Tuned, tune
@@ -125,6 +125,7 @@ def tune_emulator(
     model = assemble(emulator, resolve_device(device))
     tokenizer = load_tokenizer(emulator.files)
     family = family_of(model.config)
+    check_delta_size(emulator.manifest, family, tune)
     rows = None
     if test is not None:
         rows = TestRows(test, tokenizer, tune.block_size, evaluate_examples, tune.too_long)

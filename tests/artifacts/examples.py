@@ -98,29 +98,31 @@ def delta(parent: Manifest, method: str = "layers", **changes: Any) -> Artifact:
     """A delta of zeros on the emulator ``parent``.
 
     Args:
-        changes: ``positions``, ``settings``, ``parent_digest``, ``family`` or ``tensors`` other than right.
+        changes: ``positions``, ``settings``, ``parent_digest``, ``family`` or ``tensors`` other than right;
+            ``size``: the rank or width.
     """
     assert isinstance(parent.content, EmulatorContent)
     full = model({"neox": "neox", "gpt2": "gpt2"}.get(parent.family or "", "llama"))
     family, width = family_of(full.config), hidden_size(full.config)
     positions = changes.get("positions", parent.content.plug_in_positions)
     settings, tensors = {}, {}
+    rank, narrow = changes.get("size", 3), changes.get("size", 5)
     for index in positions:
         prefix = family.layer_prefix(index)
         if method == "layers":
             tensors |= {name: torch.zeros(e.shape) for name, e in parent.tensors.items() if name.startswith(prefix)}
         elif method == "lora":
             target = family.attention[0].path
-            settings = {"rank": 3, "alpha": 6.0, "targets": [target]}
+            settings = {"rank": rank, "alpha": 6.0, "targets": [target]}
             shape = parent.tensors[f"{prefix}{target}.weight"].shape
             out_features, in_features = reversed(shape) if family.transposed else shape
-            tensors[f"{prefix}{target}.lora_A"] = torch.zeros(3, in_features)
-            tensors[f"{prefix}{target}.lora_B"] = torch.zeros(out_features, 3)
+            tensors[f"{prefix}{target}.lora_A"] = torch.zeros(rank, in_features)
+            tensors[f"{prefix}{target}.lora_B"] = torch.zeros(out_features, rank)
         else:
-            settings = {"width": 5, "activation": "gelu"}
-            tensors[f"{prefix}bottleneck.down.weight"] = torch.zeros(5, width)
-            tensors[f"{prefix}bottleneck.down.bias"] = torch.zeros(5)
-            tensors[f"{prefix}bottleneck.up.weight"] = torch.zeros(width, 5)
+            settings = {"width": narrow, "activation": "gelu"}
+            tensors[f"{prefix}bottleneck.down.weight"] = torch.zeros(narrow, width)
+            tensors[f"{prefix}bottleneck.down.bias"] = torch.zeros(narrow)
+            tensors[f"{prefix}bottleneck.up.weight"] = torch.zeros(width, narrow)
             tensors[f"{prefix}bottleneck.up.bias"] = torch.zeros(width)
     content = DeltaContent(method=method, positions=positions, settings=changes.get("settings", settings))
     return Artifact.create(

@@ -47,11 +47,14 @@ def test_a_folder_is_received_through_the_gate(audit, tmp_path):
     assert _lines(audit) == [("model owner", "data owner", "emulator", "received")]
 
 
-@pytest.mark.parametrize("damage", ["tensor", "file", "open", "kind", "parent"])
+@pytest.mark.parametrize("damage", ["tensor", "file", "open", "kind", "parent", "size"])
 def test_a_folder_that_is_refused_is_a_line(audit, tmp_path, damage):
-    artifact = {"open": emulator(layer_map=OPEN), "kind": metrics(), "parent": delta(emulator().manifest)}.get(
-        damage, emulator()
-    )
+    artifact = {
+        "open": emulator(layer_map=OPEN),
+        "kind": metrics(),
+        "parent": delta(emulator().manifest),
+        "size": delta(emulator().manifest, "lora", size=1000),
+    }.get(damage, emulator())
     folder = write_artifact(artifact, tmp_path / "artifact")
     if damage == "tensor":
         data = bytearray((folder / "tensors.safetensors").read_bytes())
@@ -59,8 +62,8 @@ def test_a_folder_that_is_refused_is_a_line(audit, tmp_path, damage):
         (folder / "tensors.safetensors").write_bytes(data)
     elif damage == "file":
         (folder / "rows.jsonl").write_text("private")
-    kind = "delta" if damage == "parent" else "emulator"
-    parent = emulator(layer_map=MAP, emulator_loss=5.0).manifest if damage == "parent" else None
+    kind = "delta" if damage in ("parent", "size") else "emulator"
+    parent = {"parent": emulator(layer_map=MAP, emulator_loss=5.0).manifest, "size": emulator().manifest}.get(damage)
     with pytest.raises(ArtifactRefused) as caught:
         receive(folder, kind, "a", "b", audit, parent=parent)
     (line,) = audit.read()

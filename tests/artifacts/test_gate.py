@@ -3,6 +3,7 @@ import torch
 
 from scaleot_ray.artifacts import Artifact, DeltaContent, MetricsContent, check_crossing
 from scaleot_ray.artifacts.card import with_card
+from scaleot_ray.artifacts.delta_gate import delta_limit
 from scaleot_ray.artifacts.provenance import LICENCE_LIMIT, NAME_LIMIT
 from scaleot_ray.errors import ArtifactRefused
 from tests.artifacts.examples import MAP, delta, emulator, metrics
@@ -322,13 +323,35 @@ def test_metrics_that_skipped_their_own_check_are_refused():
     _refused(artifact, "NaN is no JSON number")
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("method", "setting"), [("lora", "rank"), ("bottleneck", "width")])
+def test_delta_larger_than_the_layers_it_changes_is_refused(name, method, setting):
+    parent = emulator(name).manifest
+    limit = delta_limit(parent)
+    assert limit == delta(parent, "layers").nbytes
+    one, two = (delta(parent, method, size=size).nbytes for size in (1, 2))
+    most = (limit - one) // (two - one) + 1
+    check_crossing(delta(parent, method, size=most), parent=parent)
+    more = delta(parent, method, size=most + 1)
+    assert more.manifest.content.settings[setting] == most + 1
+    _refused(
+        more, f"delta of method '{method}' has {more.nbytes} bytes, more than the {limit} of the plug", parent=parent
+    )
+
+
+def test_delta_of_a_wider_type_than_deltas_have_is_refused():
+    half = {name: tensor.bfloat16() for name, tensor in emulator().tensors.items()}
+    for parent in (emulator().manifest, _with(emulator(), half).manifest):
+        good = delta(parent, "layers")
+        assert good.nbytes == delta_limit(parent)
+        wide = {name: tensor.double() for name, tensor in good.tensors.items()}
+        _refused(_with(good, wide), f"has {2 * good.nbytes} bytes, more than the {good.nbytes}", parent=parent)
+    double = _with(emulator(), {name: tensor.double() for name, tensor in emulator().tensors.items()}).manifest
+    good = delta(double, "layers")
+    check_crossing(_with(good, {name: tensor.double() for name, tensor in good.tensors.items()}), parent=double)
+
+
 def test_kind_that_is_not_on_the_list_is_refused():
     artifact = metrics()
     artifact.manifest = artifact.manifest.model_copy(update={"kind": "pickle"})
     _refused(artifact, "kind is 'pickle'")
-
-
-def test_size_limit():
-    artifact = emulator()
-    check_crossing(artifact, max_bytes=artifact.nbytes)
-    _refused(artifact, f"{artifact.nbytes} bytes, more than", max_bytes=artifact.nbytes - 1)
