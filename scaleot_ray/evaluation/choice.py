@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,6 +15,9 @@ from scaleot_ray.errors import DataError, RunFailed
 from scaleot_ray.evaluation.log_likelihood import check_tokens, evaluating, log_likelihoods
 from scaleot_ray.evaluation.score import Blocks
 from scaleot_ray.progress import OnProgress, ProgressMeter
+
+ROWS_AT_A_TIME = 4096
+"""Rows held in memory at once. Their sequences are sorted by length, so a batch never spans more of them."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,12 @@ def evaluate_choice(
 
     ``acc`` takes the highest sum, ``acc_norm`` the highest sum divided by the answer's characters, as
     lm-evaluation-harness does (``ConfigurableTask.process_results``: ``len`` of the choice's text, in
-    characters, without the space in front of it); of equal ones the first.
+    characters, without the space in front of it); of equal ones the first. At most
+    ``ROWS_AT_A_TIME`` rows are held, so there may be more than fit into memory.
 
     Args:
         model: a Hugging Face causal LM; its training mode comes back afterwards.
-        examples: see :func:`scaleot_ray.data.examples.choice_examples`; held in memory as token ids.
+        examples: see :func:`scaleot_ray.data.examples.choice_examples`; read once.
         pad_id: fills up the right of shorter sequences.
         batch_size: sequences (context and one answer) per forward pass.
         limit: at most so many rows.
@@ -96,22 +100,35 @@ def evaluate_choice(
             length that the model cannot take.
         RunFailed: a log-likelihood is NaN or infinite.
     """
-    rows = list(islice(examples, limit))
-    if not rows:
-        raise DataError("The multiple-choice dataset has no row to evaluate.", "Give a dataset with at least one row.")
-    for index, row in enumerate(rows):
-        _check(row, index)
-    sums = [np.zeros(len(row.continuations)) for row in rows]
-    # Sequences of like length side by side waste little on padding; the longest first, so that memory
-    # that does not suffice shows at once.
-    sequences = sorted(_sequences(rows), key=lambda sequence: -len(sequence.tokens))
-    meter = ProgressMeter(stage, len(sequences), on_progress)
+    source = iter(islice(examples, limit))
+    total = len(range(len(examples))[:limit]) if isinstance(examples, Sized) else 0
+    parts: list[ChoiceScore] = []
+    read = 0
+    meter = ProgressMeter(stage, 0, on_progress)
     with evaluating(model):
-        for first in range(0, len(sequences), batch_size):
-            batch = sequences[first : first + batch_size]
-            _score(model, batch, pad_id, sums)
-            meter.advance(len(batch), sum(len(sequence.tokens) for sequence in batch))
-    return _read_off(rows, sums)
+        while rows := list(islice(source, ROWS_AT_A_TIME)):
+            for index, row in enumerate(rows, start=read):
+                _check(row, index)
+            sums = [np.zeros(len(row.continuations)) for row in rows]
+            # Sequences of like length side by side waste little on padding; the longest first, so that memory
+            # that does not suffice shows at once.
+            sequences = sorted(_sequences(rows), key=lambda sequence: -len(sequence.tokens))
+            # Rows yet to be read are taken to be like those that were.
+            seen = read + len(rows)
+            meter.steps = (meter.done + len(sequences)) * max(total, seen) // seen
+            for first in range(0, len(sequences), batch_size):
+                batch = sequences[first : first + batch_size]
+                _score(model, batch, pad_id, sums)
+                meter.advance(len(batch), sum(len(sequence.tokens) for sequence in batch))
+            parts.append(_read_off(rows, sums, read))
+            read = seen
+    if not parts:
+        raise DataError("The multiple-choice dataset has no row to evaluate.", "Give a dataset with at least one row.")
+    return ChoiceScore(
+        correct=np.concatenate([part.correct for part in parts]),
+        correct_normalised=np.concatenate([part.correct_normalised for part in parts]),
+        log_likelihood=np.concatenate([part.log_likelihood for part in parts]),
+    )
 
 
 def _check(row: ChoiceExample, index: int) -> None:
@@ -162,8 +179,8 @@ def _score(model: Any, batch: Sequence[_Sequence], pad_id: int, sums: list[np.nd
             at += len(answer)
 
 
-def _read_off(rows: Sequence[ChoiceExample], sums: Sequence[np.ndarray]) -> ChoiceScore:
-    for index, values in enumerate(sums):
+def _read_off(rows: Sequence[ChoiceExample], sums: Sequence[np.ndarray], first: int) -> ChoiceScore:
+    for index, values in enumerate(sums, start=first):
         if not np.isfinite(values).all():
             raise RunFailed(
                 f"An answer of row {index} has the log-likelihood {values[~np.isfinite(values)][0]}.",

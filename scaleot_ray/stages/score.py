@@ -1,15 +1,25 @@
-"""A data owner's test rows, made once, on which any number of models is measured the same way."""
+"""A data owner's test rows, the same ones for any number of models, read anew for each of them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, Generic, TypeVar
 
 from scaleot_ray.config import DataSettings
-from scaleot_ray.data import Batch, Rows, TokenExample, choice_examples, fixed, padding_id, token_examples
+from scaleot_ray.data import (
+    Batch,
+    Rows,
+    TokenExample,
+    choice_examples,
+    fixed,
+    padding_id,
+    token_examples,
+)
 from scaleot_ray.data.examples import TooLong
+from scaleot_ray.errors import DataError
 from scaleot_ray.evaluation.choice import ChoiceScore, evaluate_choice
 from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
 from scaleot_ray.evaluation.score import ReportedScore
@@ -19,11 +29,14 @@ from scaleot_ray.progress import OnProgress
 BATCH_SIZE = 8
 """Sequences per forward pass of an evaluation, where nothing else is asked for."""
 
+Example = TypeVar("Example")
+
 
 class TestRows:
-    """Test rows as tokens, at most ``limit`` of them, held in memory.
+    """Test rows as tokens, at most ``limit`` of them; they may exceed memory.
 
-    A ``choice`` task is measured by accuracy, everything else by its loss.
+    A ``choice`` task is measured by accuracy, everything else by its loss. Rows are read and made into
+    tokens once here, so that mistakes show before anything is computed, and again on every pass.
 
     Args:
         settings: the rows.
@@ -35,7 +48,8 @@ class TestRows:
         part: takes some of the rows; default: all.
 
     Raises:
-        DataError: rows cannot be read, or are not what the settings say.
+        DataError: rows cannot be read, or are not what the settings say; from a later pass also when
+            they have changed since.
     """
 
     __test__ = False  # pytest takes the name for a test class
@@ -54,10 +68,10 @@ class TestRows:
         self._pad, self._batch_size = padding_id(tokenizer), batch_size
         if self.metric == "accuracy":
             questions = choice_examples(settings, tokenizer, block_size, too_long, part)
-            self._questions = list(itertools.islice(questions, limit))
+            self._questions = _Unchanged(questions, limit, settings.path)
         else:
             examples = token_examples(settings, tokenizer, block_size, too_long, part)
-            self._batches = _Batches(list(itertools.islice(examples, limit)), batch_size, self._pad)
+            self._batches = _Batches(_Unchanged(examples, limit, settings.path), batch_size, self._pad)
 
     def score(
         self, model: Any, stage: str = "evaluate", on_progress: OnProgress | None = None
@@ -91,10 +105,38 @@ def reported(values: Mapping[str, float], name: str, metric: str) -> ReportedSco
     return ReportedScore(metric, values[name], further)
 
 
+class _Unchanged(Iterable[Example], Sized, Generic[Example]):
+    """The first ``limit`` examples, made anew on every pass; one that differs from the first is an error."""
+
+    def __init__(self, examples: Iterable[Example], limit: int | None, path: str) -> None:
+        self._examples, self._limit, self._path = examples, limit, path
+        self._first: tuple[int, int] | None = None
+        for _ in self:
+            pass
+
+    def __len__(self) -> int:
+        assert self._first is not None
+        return self._first[0]
+
+    def __iter__(self) -> Iterator[Example]:
+        count = checksum = 0
+        for example in itertools.islice(self._examples, self._limit):
+            count, checksum = count + 1, zlib.crc32(repr(example).encode(), checksum)
+            yield example
+        if self._first is None:
+            self._first = count, checksum
+        elif self._first != (count, checksum):
+            # Models measured on different rows would be compared as if these were the same.
+            raise DataError(
+                f"{self._path}: its rows have changed since the command began.",
+                "Leave the dataset alone while a command reads it, and run again.",
+            )
+
+
 class _Batches(Sized):
     """One ordered pass over examples, any number of times; its length lets progress know the end."""
 
-    def __init__(self, examples: list[TokenExample], batch_size: int, pad: int) -> None:
+    def __init__(self, examples: _Unchanged[TokenExample], batch_size: int, pad: int) -> None:
         self._examples, self._batch_size, self._pad = examples, batch_size, pad
 
     def __len__(self) -> int:
