@@ -15,12 +15,14 @@ from scaleot_ray.cli import checks
 from scaleot_ray.cli.checks import GIB
 from scaleot_ray.federation import machine
 from tests.cli.command import scaleot
+from tests.cli.documented_keys import JsonPage
 
 
 def test_this_machine() -> None:
     done = scaleot("doctor", "--format", "json")
     document = done.json
     assert document["schema"] == "scaleot.doctor/1"
+    assert JsonPage().undocumented(document) == JsonPage().gone(document) == set()
     found = {check["name"]: check for check in document["checks"]}
     assert set(found) == {
         *(

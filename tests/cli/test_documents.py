@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.cli.demo import demo_defaults
 from scaleot_ray.cli.main import build_app
 from scaleot_ray.cli.settings import BuildSettings, EvaluateSettings, PlugSettings, TuneCommandSettings
 from scaleot_ray.config import RunSettings, Settings, load_yaml, parse
+from scaleot_ray.emulator.privacy import LEVELS, PrivacyResult, Rung
 from tests.cli.command import PROJECT, Warm
+from tests.cli.conftest import TUNE
+from tests.cli.documented_keys import JsonPage, paths
 
 EXAMPLES: dict[str, type[Settings]] = {
     "build.yaml": BuildSettings,
@@ -103,32 +106,93 @@ def test_troubleshooting_quotes_what_the_program_says() -> None:
         assert quoted in source, quoted
 
 
-def keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from keys(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from keys(item)
-
-
 def undocumented(document: dict[str, Any]) -> set[str]:
-    """Keys of a JSON result that docs/json.md does not mention; names that users gave do not count."""
-    words = set(re.findall(r"`(\w+)`", (PROJECT / "docs" / "json.md").read_text()))
-    given = {"tokenizer", "tokenizer_config", "README"}
-    return {key for key in keys(document) if key.split(".")[0] not in words | given}
+    """Keys of a JSON result that docs/json.md does not have under its schema."""
+    return JsonPage().undocumented(document)
 
 
-def test_json_keys_are_documented(place: Path, warm: Warm) -> None:
-    documents = [json.loads((place / name).read_text()) for name in ("build.json", "tune.json")]
+def privacy_level(emulator: Path) -> dict[str, object]:
+    """What a result says of an emulator that was built for a privacy level; one of random weights reaches none."""
+    rung = Rung(alpha=0.25, beta=0.2, loss_margin=0.2, verbatim_share=0.7)
+    return PrivacyResult(read_artifact(emulator), "low", LEVELS["low"], (rung,)).as_json()
+
+
+@pytest.fixture(scope="module")
+def results(place: Path, warm: Warm) -> dict[str, list[dict[str, Any]]]:
+    """Results of the commands that need no Ray, by schema: all that can be in them is in one of them."""
+    build, tune = (json.loads((place / name).read_text()) for name in ("build.json", "tune.json"))
+    found = [build, {**build, "privacy": privacy_level(place / "emulator")}, tune]
+    choice = ["--task", "choice", "--column", "prompt=question"]
+    validated = ["--set", "tune.evaluate_every=2"]
     for arguments in (
         ["inspect", "emulator"],
+        ["inspect", "tuned/delta"],
         ["inspect", "tuned/metrics"],
-        ["eval", "--model", "model", "--test", "choice.jsonl", "--task", "choice", "--column", "prompt=question"],
+        ["eval", "--model", "model", "--test", "test.jsonl", "--set", "block_size=32"],
+        ["eval", "--model", "model", "--test", "choice.jsonl", *choice, "--set", "block_size=32"],
+        ["tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "validated", *TUNE, *validated],
+        ["plug", "--model", "model", "--emulator", "emulator", "--delta", "tuned/delta", "--output", "plugged"],
     ):
-        more = ["--set", "block_size=32"] if arguments[0] == "eval" else []
-        documents.append(warm.scaleot(*arguments, *more, "--format", "json", cwd=place).json)
-    for document in documents:
-        assert undocumented(document) == set(), document["schema"]
-    assert undocumented({"new_key": 1}) == {"new_key"}
+        found.append(warm.scaleot(*arguments, "--format", "json", cwd=place).json)
+    by_schema: dict[str, list[dict[str, Any]]] = {}
+    for document in found:
+        by_schema.setdefault(document["schema"], []).append(document)
+    return by_schema
+
+
+@pytest.mark.parametrize("command", ["build", "tune", "inspect", "eval", "plug"])
+def test_json_keys_are_those_of_the_page(results: dict[str, list[dict[str, Any]]], command: str) -> None:
+    documents = results[f"scaleot.{command}/1"]
+    assert {key for document in documents for key in undocumented(document)} == set()
+    assert JsonPage().gone(*documents) == set()
+
+
+def test_every_schema_has_a_section() -> None:
+    source = "".join(path.read_text() for path in (PROJECT / "scaleot_ray").rglob("*.py"))
+    assert JsonPage().schemas == set(re.findall(r"\"(scaleot\.\w+/\d+)\"", source))
+
+
+def test_the_error_on_the_page_has_the_keys_of_errors(place: Path, warm: Warm) -> None:
+    page = (PROJECT / "docs" / "json.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", page, flags=re.S)
+    error = warm.scaleot("inspect", "nowhere", "--format", "json", cwd=place).json
+    assert set(paths(json.loads(example))) == set(paths(error))
+
+
+def test_keys_in_the_wrong_section_and_keys_that_are_gone_are_noticed() -> None:
+    page = JsonPage("""
+## `a`: `scaleot.a/1`
+
+The keys of a [shared](#shared-part), and:
+
+| key | value |
+|---|---|
+| `schema` | `not_a_key` |
+| `seconds.total`, `.load` | `not_a_key` |
+| `rows[]` | each a [shared](#shared-part) and `not_a_key` |
+| `files.*` | by name |
+
+## Shared part
+
+| key | value |
+|---|---|
+| `digest` | |
+
+## `b`: `scaleot.b/1`
+
+| `only_b` | |
+""")
+    shared = {"digest": "0"}
+    whole = {
+        "schema": "scaleot.a/1",
+        "seconds": {"total": 1, "load": 1},
+        "rows": [shared],
+        "files": {"x.y": 1},
+        **shared,
+    }
+    assert (page.undocumented(whole), page.gone(whole)) == (set(), set())
+    wrong = {**whole, "only_b": 1, "not_a_key": 1, "load": 1, "rows": [{"digest": "0", "files": {}}]}
+    assert page.undocumented(wrong) == {"only_b", "not_a_key", "load", "rows[].files"}
+    less = {"schema": "scaleot.a/1", "seconds": {"total": 1}, "rows": [], **shared}
+    assert page.gone(less) == {"seconds.load", "rows[].digest", "files", "files.*"}
+    assert page.gone(less, whole) == set()

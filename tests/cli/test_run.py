@@ -16,7 +16,8 @@ from scaleot_ray.cli.demo import MODEL, demo_settings, forget, model_section
 from scaleot_ray.cli.run import crossings, emulator_lines
 from scaleot_ray.errors import ConfigError
 from tests.cli.command import Warm, scaleot, started
-from tests.cli.test_documents import undocumented
+from tests.cli.documented_keys import JsonPage
+from tests.cli.test_documents import privacy_level, undocumented
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 
@@ -55,6 +56,8 @@ def test_a_run_from_a_file(place: Path, tmp_path: Path) -> None:
     assert report["seconds"]["total"] > 0
     assert len(report["emulator"]["replaced_layers"]) == 3
     assert undocumented(report) == set()
+    levelled = {**report["emulator"], "privacy": privacy_level(tmp_path / "out" / "emulator")}
+    assert JsonPage().gone(report, {**report, "emulator": levelled}) == set()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert "tune carol: 4/4" in done.err
     assert "tune bob: 4/4" in done.err
