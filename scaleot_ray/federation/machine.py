@@ -26,12 +26,15 @@ class Machine:
         memory: bytes of free memory.
         shared_memory: bytes free for the object store; None where the system has no /dev/shm and Ray
             uses the temporary folder.
+        cpus_held, gpus_held: what others hold beside that, on a Ray that was given.
     """
 
     cpus: int
-    gpus: int
+    gpus: float
     memory: int
     shared_memory: int | None
+    cpus_held: float = 0
+    gpus_held: float = 0
 
 
 def this_machine() -> Machine:

@@ -33,6 +33,7 @@ from scaleot_ray.federation.report import RunReport, TenantResult
 from scaleot_ray.federation.role import ACTORS, Present, start, stop
 from scaleot_ray.federation.schedule import Work, next_work
 from scaleot_ray.federation.session import Session
+from scaleot_ray.federation.starting import Starts
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.build import BuildResult
 
@@ -113,6 +114,7 @@ class Phases:
         self.folder, self.memory, self.on_progress = folder, memory, on_progress
         self.tenants = [Tenant(tenant) for tenant in settings.tenants]
         self.actors: list[Running] = []
+        self._starts = Starts(session, on_progress)
         self._mark = secrets.token_hex(8)
         self._waiting: dict[ray.ObjectRef, tuple[Running, Callable[[Any], None]]] = {}
         self._works: list[Work] = []
@@ -247,8 +249,10 @@ class Phases:
             arguments = (cpus, self.coordinator.handle, *arguments)
         actor.handle = start(kind, self.session, cpus, gpus, *arguments, mark=self._mark, claim=claim)
         self.actors.append(actor)
+        self._starts.asked(actor.role, actor.handle, cpus if claim else 0, gpus)
 
         def present(answer: Present) -> None:
+            self._starts.over(actor.role)
             actor.pid = answer.pid
             self.memory.others.add(answer.pid)
 
@@ -257,6 +261,7 @@ class Phases:
     def _stop(self, actor: Running) -> None:
         """Ends an actor and waits until its memory is free."""
         self.actors.remove(actor)
+        self._starts.over(actor.role)
         self._waiting = {ref: call for ref, call in self._waiting.items() if call[0] is not actor}
         stop(actor.handle)
         if actor.pid is not None:
@@ -281,6 +286,9 @@ class Phases:
             for answer in ready:
                 actor, then = self._waiting.pop(answer)
                 then(self._get(actor, answer))
+            self._starts.look()
+            if self.coordinator.pid is None:
+                continue  # it is still starting
             # Asked in every round, so that a dead coordinator is noticed as soon as any other actor.
             for report in self._get(self.coordinator, self.coordinator.handle.reports.remote()):
                 if self.on_progress is not None:

@@ -30,18 +30,24 @@ def check_processors(settings: RunSettings, machine: Machine) -> None:
     """Every actor must fit alone: those that do not fit together wait for one another.
 
     Raises:
-        ResourcesMissing: an actor asks for more processors or GPUs than there are.
+        ResourcesMissing: an actor asks for more processors or GPUs than are free.
     """
-    asked = [("owner_cpus", settings.owner_cpus, machine.cpus), ("owner_gpus", settings.owner_gpus, machine.gpus)]
+    asked = {"owner_cpus": settings.owner_cpus, "owner_gpus": settings.owner_gpus}
     for index, tenant in enumerate(settings.tenants):
-        asked.append((f"tenants.{index}.cpus", tenant.cpus, machine.cpus))
-        asked.append((f"tenants.{index}.gpus", tenant.gpus, machine.gpus))
-    for key, wanted, there in asked:
+        asked |= {f"tenants.{index}.cpus": tenant.cpus, f"tenants.{index}.gpus": tenant.gpus}
+    for key, wanted in asked.items():
+        what, there, held = "processors", float(machine.cpus), machine.cpus_held
+        if key.endswith("gpus"):
+            what, there, held = "GPUs", machine.gpus, machine.gpus_held
         if wanted > there:
-            what = "GPUs" if key.endswith("gpus") else "processors"
+            remedies = [f"set {key} to {there:g} or less"] if there else []
+            if held:
+                remedies.append("wait until others on this Ray have ended (`ray status` shows what is taken)")
+            remedy = ", ".join([*remedies, "or use a larger machine"]) if remedies else "use a larger machine"
             raise ResourcesMissing(
-                f"{key}: {wanted:g} {what} are asked for, {there} are there.",
-                f"Set {key} to {there} or less, or use a larger machine.",
+                f"{key}: {wanted:g} {what} are asked for, {there:g} are "
+                + (f"free on this node of Ray ({held:g} are taken)." if held else "there."),
+                f"{remedy[0].upper()}{remedy[1:]}.",
             )
 
 

@@ -42,7 +42,7 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
     Raises:
         ConfigError, DataError: a setting or a dataset is wrong; most of it before anything starts.
         ArtifactRefused: something must not cross.
-        ResourcesMissing: the machine has not what the run needs.
+        ResourcesMissing: the machine has not what the run needs, or others hold it on a Ray that was given.
         RunFailed: an actor died, a loss became NaN, a shared tensor was written to.
         Interrupted: SIGINT or SIGTERM; all processes are gone and checkpoints are usable.
     """
@@ -56,7 +56,7 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
         given = ray_is_given()
         if not given:
             preflight(settings, needs, machine)
-        with local_ray(machine.cpus, machine.gpus, needs.object_store, debug) as session:
+        with local_ray(machine.cpus, int(machine.gpus), needs.object_store, debug) as session:
             listen()
             if given:
                 machine = session.machine()

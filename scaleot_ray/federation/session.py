@@ -12,12 +12,14 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import ray._private.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
@@ -26,6 +28,7 @@ from scaleot_ray.federation.processes import end_marked
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
 _SHUTDOWN_SECONDS = 4.0  # it takes 1.5
+_SETTLE_SECONDS = 2.0  # what actors held that ended just now is free within a tenth
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Session:
     Attributes:
         private: started for this run.
         node: id of the node we run on; actors of the environment ``local`` stay on it.
-        cpus, gpus, object_store_bytes: what Ray has there.
+        cpus, gpus, object_store_bytes: what Ray has there in all.
         logs: folder of the workers' logs.
     """
 
@@ -47,8 +50,19 @@ class Session:
     logs: Path
 
     def machine(self) -> Machine:
-        """What this Ray lets us use of the machine."""
-        return Machine(self.cpus, self.gpus, usable_memory(), self.object_store_bytes)
+        """What this Ray lets us use of the machine: on our node, and free now."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while (free := self.free()) != (self.cpus, self.gpus) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cpus, gpus = int(free[0]), free[1]
+        return Machine(
+            cpus, gpus, usable_memory(), self.object_store_bytes, cpus_held=self.cpus - cpus, gpus_held=self.gpus - gpus
+        )
+
+    def free(self) -> tuple[float, float]:
+        """Processors and GPUs of our node that no one has claimed."""
+        resources = ray._private.state.available_resources_per_node().get(self.node, {})
+        return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
     def on_this_node(self) -> NodeAffinitySchedulingStrategy:
         """Keeps an actor on our node: artefacts and private data are paths on it."""

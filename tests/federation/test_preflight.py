@@ -47,12 +47,23 @@ def test_an_ample_machine_passes(tmp_path: Path) -> None:
     [
         ({"cpus": 1}, r"owner_cpus: 2 processors are asked for, 1 are there", "owner_cpus"),
         ({"cpus": 3}, r"tenants.1.cpus: 4 processors are asked for, 3 are there", r"tenants.1.cpus to 3"),
-        ({"gpus": 0}, r"tenants.1.gpus: 1 GPUs are asked for, 0 are there", r"tenants.1.gpus"),
+        ({"gpus": 0}, r"tenants.1.gpus: 1 GPUs are asked for, 0 are there", r"Use a larger machine"),
+        (
+            {"cpus": 3, "cpus_held": 5},
+            r"4 processors are asked for, 3 are free .* \(5 are taken\)",
+            r"tenants.1.cpus to 3",
+        ),
+        ({"cpus": 3, "cpus_held": 5}, r"tenants.1.cpus: 4 processors", "wait until others on this Ray have ended"),
+        (
+            {"gpus": 0.5, "gpus_held": 0.5},
+            r"1 GPUs are asked for, 0.5 are free .* \(0.5 are taken",
+            "gpus to 0.5 or less",
+        ),
         ({"memory": 20 * 10**9}, r"memory: .* needs at least \d+ GB, 20 GB are free", "bfloat16"),
         ({"shared_memory": 64 << 20}, r"shared memory: .* needs \d+ GB .* 0.067 GB are free in /dev/shm", "shm-size"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path: Path, machine: dict[str, int], problem: str, remedy: str) -> None:
+def test_what_is_missing_is_named(tmp_path: Path, machine: dict[str, float], problem: str, remedy: str) -> None:
     settings = write_tiny_run(tmp_path, owner_cpus=2)
     bob = settings.tenants[1].model_copy(update={"cpus": 4, "gpus": 1.0})
     settings = settings.model_copy(update={"tenants": (settings.tenants[0], bob)})
