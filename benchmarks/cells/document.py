@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_cells(output: Path, order: Callable[[Record], Any]) -> list[Record]:
 
 
 def summarise(output: Path, benchmark: str, order: Callable[[Record], Any]) -> Record:
-    """The document: how the cells were made, each cell, and the mean over seeds.
+    """The document: how the cells were made, by which code, each cell, and the mean over seeds.
 
     The mean over seeds is taken test row by test row; its intervals are over test rows. How much seeds
     differ stands beside it (``seeds``: the plug-in's difference to full zero-shot, seed by seed).
@@ -53,9 +54,27 @@ def summarise(output: Path, benchmark: str, order: Callable[[Record], Any]) -> R
         "commands": list(run.get("commands", ())),
         "date": max(record["date"] for record in records),
         "environments": environments,
+        "code": _code(records),
         "over_seeds": [_over_seeds(group) for group in _groups(records)],
         "cells": [_cell(record, environments) for record in records],
     }
+
+
+def code_line(code: Sequence[Record]) -> str:
+    """A document's ``code`` in words: which code made the cells; a table of several says so."""
+    shown = []
+    for entry in code:
+        name = f"revision {entry['revision'][:12]}" if entry["revision"] else "unknown code"
+        state = " with uncommitted changes" if entry["dirty"] else ""
+        shown.append(f"{name}{state} ({entry['cells']} cell{'s' if entry['cells'] > 1 else ''})")
+    several = "Cells were made by different code, so rows may differ for that reason alone: " if len(shown) > 1 else ""
+    return f"{several or 'Made by '}{', '.join(shown)}."
+
+
+def _code(records: Sequence[Record]) -> list[Record]:
+    """``revision``, ``dirty`` and the number of ``cells``; the revision is None where none was recorded."""
+    found = Counter((made.get("revision"), made.get("dirty")) for made in (record["environment"] for record in records))
+    return [{"revision": revision, "dirty": dirty, "cells": cells} for (revision, dirty), cells in found.items()]
 
 
 def _groups(records: Sequence[Record]) -> Iterable[list[Record]]:

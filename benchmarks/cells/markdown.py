@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.cells.document import code_line
 from benchmarks.cells.measured import MEASURES
 
 HEADINGS = {
@@ -38,7 +39,9 @@ def tables(
         rows = [row(entry, measure) for entry in entries if measure in entry["measures"]]
         if rows:
             lines += ["", f"**{HEADINGS[measure]}**", "", *table(columns, rows)]
-    lines += ["", f"{legend} {BRACKETS}".strip(), *(f"`{command}`" for command in document.get("commands", ()))]
+    lines += ["", f"{legend} {BRACKETS}".strip()]
+    lines += [code_line(document["code"])] if "code" in document else []
+    lines += [f"`{command}`" for command in document.get("commands", ())]
     return "\n".join(lines).strip() + "\n"
 
 

@@ -62,6 +62,7 @@ class CellRunner:
             "model": model_digest(self.base.model),
             "matmul_precision": torch.get_float32_matmul_precision(),
         }
+        self.environment = environment() | {"device": str(self.base.model.device)}
         self._tasks: dict[tuple[str, int, int], TaskData] = {}
         self._public: dict[str, tuple[DataSettings, str]] = {}
 
@@ -156,7 +157,7 @@ class CellRunner:
             "delta_bytes": tuned.delta.nbytes,
             "seconds": seconds,
             "date": now(),
-            "environment": environment() | {"device": str(self.base.model.device)},
+            "environment": self.environment,
             "rows": {name: score_record(score) for name, score in rows.items() if score is not None},
         }
 
