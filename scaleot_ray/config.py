@@ -120,6 +120,10 @@ class StageOneSettings(Settings):
     )
     seed: int = 0
 
+    def decisive(self) -> dict[str, Any]:
+        """The keys that a result depends on, as plain values: equal ones give the same harmonizers and scores."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every"})  # changes when something is written, not what
+
 
 class EmulatorSettings(Settings):
     """Stage 2: which emulator to build. Triplet (N_a, α, β) of ScaleOT, or one privacy level."""

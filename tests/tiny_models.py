@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,20 @@ def tiny_tokenizer() -> Any:
         bos_token="<|start|>",
         eos_token="<|end|>",
         unk_token="<unk>",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=64,
+    )
+
+
+def swapped_tokenizer() -> Any:
+    """:func:`tiny_tokenizer` with two letters' ids exchanged: as large, and no id is beyond the model's."""
+    tokenizer = tiny_tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["e"] = ids["e"], ids["a"]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(content)),
+        **tokenizer.special_tokens_map,
         chat_template=_CHAT_TEMPLATE,
         model_max_length=64,
     )

@@ -50,6 +50,8 @@ def _emulator(manifest: Manifest, content: EmulatorContent) -> list[str]:
             f"- Replaced layers have a harmonizer each: x + W_up · act(W_down x + b_d) + b_u, rank "
             f"{content.harmonizer.rank}, {content.harmonizer.activation}, fitted on the owner's public text."
         )
+    if (learnt := _learnt(content)) is not None:
+        built.append(f"- {learnt}")
     built.append(f"- {_loss(content)}")
     return [
         "## How it was built",
@@ -61,6 +63,17 @@ def _emulator(manifest: Manifest, content: EmulatorContent) -> list[str]:
         "A data owner tunes the plug-in layers on it with data that stays at home, and returns only what changed "
         "(a delta). The delta then goes into the full model. The emulator is no replacement for the full model.",
     ]
+
+
+def _learnt(content: EmulatorContent) -> str | None:
+    parts = []
+    if (stage_one := content.stage_one) is not None:
+        parts.append(
+            f"Stage 1: start `{stage_one.start}`, objective `{stage_one.objective}`, {stage_one.steps:,} steps."
+        )
+    if content.compression is not None:
+        parts.append(f"Rank compression: `{content.compression}`.")
+    return " ".join(parts) or None
 
 
 def _loss(content: EmulatorContent) -> str:

@@ -97,6 +97,8 @@ def _emulator(manifest: Manifest, content: EmulatorContent) -> dict[str, Any]:
         "beta": content.beta,
         "layout": content.layout,
         "builder": content.builder,
+        "compression": content.compression,
+        "stage_one": content.stage_one.model_dump() if content.stage_one else None,
         "harmonizer": content.harmonizer.model_dump() if content.harmonizer else None,
         "layer_map": content.layer_map,
         "layers_by_role": {role: content.layer_map.count(role) for role in SYMBOLS},

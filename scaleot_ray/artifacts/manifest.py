@@ -89,6 +89,14 @@ class HarmonizerSpec(_Checked):
     activation: Word
 
 
+class StageOneSpec(_Checked):
+    """How stage 1 learnt harmonizers and scores: their ``start``, its ``objective``, harmonizer ``steps`` done."""
+
+    start: Word
+    objective: Word
+    steps: Annotated[int, Field(ge=0)]
+
+
 class EmulatorContent(_Checked):
     """How an emulator was built and what it reveals (ScaleOT, arXiv 2412.09812).
 
@@ -101,6 +109,9 @@ class EmulatorContent(_Checked):
         base_digest: digest of the full model.
         full_loss, emulator_loss: nats per token on public held-out text.
         protected: False for one that was built to hide nothing; the gate never lets it pass.
+        compression: what kept layers' attention is cut in rank by, ``activation_aware`` or ``svd``; None
+            where nothing is cut.
+        stage_one: None where the builder needs no stage 1. Manifests of before have neither of the two.
     """
 
     plug_in_layers: Annotated[int, Field(ge=1)]
@@ -117,6 +128,8 @@ class EmulatorContent(_Checked):
     full_loss: float | None = None
     emulator_loss: float | None = None
     protected: bool
+    compression: Word | None = None
+    stage_one: StageOneSpec | None = None
 
     @field_validator("full_loss", "emulator_loss", mode="before")
     @classmethod
@@ -277,9 +290,12 @@ class Manifest(_Checked):
 
     def digest(self) -> str:
         """SHA-256 (hex) of the manifest as canonical JSON without ``created``; names the artefact."""
+        values = self.model_dump(mode="json", exclude={"created"})
         # Fields that came later count only where they are set: older artefacts keep their digests.
-        later = {name for name in ("base_model", "licence") if getattr(self, name) is None}
-        values = self.model_dump(mode="json", exclude={"created", *later})
+        for part, later in ((values, ("base_model", "licence")), (values["content"], ("compression", "stage_one"))):
+            for name in later:
+                if part.get(name) is None:
+                    part.pop(name, None)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

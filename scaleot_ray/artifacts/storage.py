@@ -68,6 +68,16 @@ def read_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
+def read_files(directory: str | Path, manifest: Manifest) -> dict[str, bytes]:
+    """The files of an artefact on disk that are no tensors: card, licence, tokenizer.
+
+    Raises:
+        ArtifactRefused: one of them is missing or is not what ``manifest`` says.
+    """
+    with _about(Path(directory)):
+        return _files(Path(directory), manifest)
+
+
 def read_artifact(directory: str | Path, expected_kind: Kind | None = None, verify: bool = True) -> Artifact:
     """The artefact in ``directory``, in memory of its own: later changes to the files do not reach it.
 
@@ -93,9 +103,7 @@ def read_artifact(directory: str | Path, expected_kind: Kind | None = None, veri
             )
         shards = _by_file(manifest)
         check_listing(directory, [MANIFEST_FILE, CHECKSUM_FILE, *shards, *manifest.files])
-        files = {name: read_inside(directory, name, entry.bytes) for name, entry in manifest.files.items()}
-        for name, listed in manifest.files.items():
-            verify_file(name, listed, files[name])
+        files = _files(directory, manifest)
         tensors: dict[str, torch.Tensor] = {}
         for name, entries in shards.items():
             with open_inside(directory, name) as (file, size):
@@ -129,6 +137,13 @@ def _check_checksum(directory: Path, manifest: bytes) -> None:
     expected = _checksum(manifest)
     if read_inside(directory, CHECKSUM_FILE, len(expected)) != expected:
         raise ArtifactRefused(f"{MANIFEST_FILE} was altered: its SHA-256 is not that in {CHECKSUM_FILE}.", _REMEDY)
+
+
+def _files(directory: Path, manifest: Manifest) -> dict[str, bytes]:
+    files = {name: read_inside(directory, name, entry.bytes) for name, entry in manifest.files.items()}
+    for name, entry in manifest.files.items():
+        verify_file(name, entry, files[name])
+    return files
 
 
 def _checksum(manifest: bytes) -> bytes:

@@ -45,9 +45,10 @@ def plug_command(
 ) -> None:
     """Put a delta into the full model and write the result.
 
-    Reads the full model, the emulator's manifest and the delta, and takes the
-    delta through the gate: it must belong to that emulator and hold nothing else;
-    a line of audit.jsonl beside --output says so, also of one that is refused.
+    Reads the full model, the emulator's manifest and tokenizer and the delta, and
+    takes the delta through the gate: it must belong to that emulator and hold
+    nothing else; a line of audit.jsonl beside --output says so, also of one that
+    is refused. The full model's tokenizer must be the emulator's.
     Writes a Hugging Face checkpoint, or with --adapter a standard PEFT adapter.
 
     Examples:
@@ -77,7 +78,7 @@ def plug(settings: PlugSettings, out: Output) -> None:
     with ProgressBars():
         from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner
         from scaleot_ray.artifacts.crossing import audit_beside, receive
-        from scaleot_ray.artifacts.storage import read_manifest
+        from scaleot_ray.artifacts.storage import read_files, read_manifest
         from scaleot_ray.families.loading import load_base_model
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.plug import plug_in
@@ -85,12 +86,14 @@ def plug(settings: PlugSettings, out: Output) -> None:
         use_usable_cores()
         # The artefacts are read first: they are refused before a large model is loaded.
         manifest, audit = read_manifest(settings.emulator), audit_beside(settings.output)
+        files = read_files(settings.emulator, manifest)
         delta = receive(settings.delta, "delta", data_owner(settings.name), MODEL_OWNER, audit, parent=manifest)
         directory = plug_in(
             load_base_model(settings.model),
             delta,
             manifest,
             Path(settings.output),
+            emulator_files=files,
             scale=settings.scale,
             adapter=settings.adapter,
             overwrite=settings.overwrite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,6 +61,21 @@ class Encoder:
             return [self.eos if bos is None else int(bos)], [self.plain(text) for text in texts]
         start = self.plain(stripped)
         return self.prefix + start, [self.plain(stripped + text)[len(start) :] for text in texts]
+
+    def rules(self) -> dict[str, Any]:
+        """What decides the token ids, by name: two encoders with equal rules give the same ids for every text.
+
+        How a batch is filled up or cut, and how ids become text again, does not count.
+        """
+        written = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return {
+            "vocabulary": written["model"],
+            **{part: written[part] for part in ("added_tokens", "normalizer", "pre_tokenizer")},
+            "split_special_tokens": bool(getattr(self.tokenizer, "split_special_tokens", False)),
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.eos,
+            "prefix": self.prefix,
+        }
 
 
 def check_vocabulary(ids: Iterable[int], vocab_size: int | None) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.card import with_card
-from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec
+from scaleot_ray.artifacts.manifest import EmulatorContent, HarmonizerSpec, StageOneSpec
 from scaleot_ray.artifacts.provenance import licence_files, licence_notice, model_name
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.data.batches import Batch
@@ -91,6 +91,8 @@ def build_emulator(
         full_loss=facts.loss,
         emulator_loss=None,
         protected=bool(hidden),
+        compression=_compression(stage_one, roles, settings),
+        stage_one=_stage_one_spec(stage_one),
     )
     if held_out:
         dtype, device = base.model.dtype, next(base.model.parameters()).device
@@ -144,6 +146,9 @@ def replaceable_layers(layers: int, settings: EmulatorSettings) -> tuple[int, in
     """How many middle layers there are, and how many of them the builder can do without.
 
     They differ with a single plug-in layer alone: stage 1 covers all layers but the first and the last.
+
+    Raises:
+        ConfigError: ``plug_in_layers`` leaves no middle layers.
     """
     middle = middle_layers(layers, plug_in_positions(layers, settings.plug_in_layers, settings.layout))
     if settings.builder == "uniform_drop":
@@ -169,6 +174,19 @@ def _harmonizer_spec(stage_one: StageOne | None, roles: Iterable[LayerRole]) -> 
     if stage_one is None or LayerRole.REPLACED not in set(roles):
         return None
     return HarmonizerSpec(rank=stage_one.settings.harmonizer_rank, activation=stage_one.settings.activation)
+
+
+def _stage_one_spec(stage_one: StageOne | None) -> StageOneSpec | None:
+    if stage_one is None:
+        return None
+    settings = stage_one.settings
+    return StageOneSpec(start=settings.start, objective=settings.objective, steps=stage_one.step)
+
+
+def _compression(stage_one: StageOne | None, roles: Iterable[LayerRole], settings: EmulatorSettings) -> str | None:
+    if settings.beta == 0 or LayerRole.KEPT not in set(roles):
+        return None
+    return settings.compression if stage_one is not None else "svd"  # who has seen no text has no moments
 
 
 def _tensors(
@@ -222,13 +240,13 @@ def _compress_layer(
         moment = moments.moment(index, projection.path) if moments is not None else None
         factors, size = compress(weight, beta, rows, moment)
         changed.add(name + ".weight")
-        if size < weight.numel():
+        if size <= weight.numel():
             del tensors[name + ".weight"]
             tensors[name + ".down"] = torch.cat([down for _, down in factors])
             for part, (up, _) in enumerate(factors):
                 tensors[f"{name}.up.{part}"] = up
         else:
-            # Factors that need more room than their product say no more than the product does.
+            # Factors with more numbers than their product say no more than the product does.
             product = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             for (up, down), part_rows in zip(factors, rows or [torch.arange(len(weight))], strict=True):
                 product[part_rows] = up @ down

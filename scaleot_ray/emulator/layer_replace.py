@@ -68,14 +68,16 @@ def train_stage_one(
         batches: public text to train on.
         held_out: batches of other public text; score steps go through them in turn.
         settings: steps, rates, ranks, seed.
-        checkpoint: file that holds the state from before the first step on, renewed every
-            ``checkpoint_every`` steps and every minute. If it exists, training goes on from there and ends
-            where an uninterrupted run would have ended.
+        checkpoint: file that holds the state from the end of calibration on, renewed after layer damage,
+            every ``checkpoint_every`` steps and every minute. If it exists, training goes on from there and
+            ends where an uninterrupted run would have ended.
         on_progress: receives the stages ``calibrate``, ``layer damage`` and ``stage 1``; and ``calibrate
             again`` where the moments of a saved state are damaged.
 
     Raises:
-        RunFailed: the loss became NaN or infinite, or the checkpoint is damaged or belongs to other settings.
+        RunFailed: the loss became NaN or infinite, or the checkpoint is damaged, belongs to other settings or
+            cannot be written.
+        ResourcesMissing: the disk is full.
     """
     trainer = _Trainer(model, family, batches, held_out, settings, checkpoint, on_progress)
     return trainer.run()
@@ -102,7 +104,7 @@ class _Trainer:
         self.parameter = next(model.parameters())
         self.positions = candidate_layers(layer_count(model.config))
         self.scores = LayerScores(self.positions, settings.group_size, settings.masked_fraction, settings.seed)
-        self.step = 0
+        self.step, self.scored = 0, settings.score_start == "zero"
         self.history: list[dict[str, Any]] = []
         self.fit: dict[int, float] = {}
         self.calibration = Calibration({}, {}, {})
@@ -127,11 +129,14 @@ class _Trainer:
     def run(self) -> StageOne:
         if self.checkpoint is not None and self.checkpoint.exists():
             self._restore(self.checkpoint)
-            if self.step >= self.settings.steps:
-                return self._result()
         else:
             self._start()
             self._save(with_moments=True)  # on a large model this was an hour's work already
+        if not self.scored:
+            self._start_scores()
+            self._save()
+        if self.step >= self.settings.steps:
+            return self._result()
         pace = CheckpointPace(self.settings.checkpoint_every)
         meter = ProgressMeter("stage 1", self.settings.steps, self.on_progress, self.step)
         with switchable(self.model, self.family, self.harmonizers) as switchboard:
@@ -156,9 +161,11 @@ class _Trainer:
                 index: fit_harmonizer(self.harmonizers[index], self.calibration.residuals[index], settings.ridge)
                 for index in self.positions
             }
-        if settings.score_start == "single_layer":
-            with switchable(self.model, self.family, self.harmonizers) as switchboard:
-                self.scores.start_from(self._damage(switchboard))
+
+    def _start_scores(self) -> None:
+        with switchable(self.model, self.family, self.harmonizers) as switchboard:
+            self.scores.start_from(self._damage(switchboard))
+        self.scored = True
 
     def _calibrate(self, stage: str) -> Calibration:
         settings = self.settings
@@ -249,6 +256,7 @@ class _Trainer:
             fit=self.fit,
             history=self.history,
             step=self.step,
+            scored=self.scored,
             moments=self.calibration.moments,
             leader=self.calibration.leader,
         )
@@ -264,7 +272,7 @@ class _Trainer:
 
     def _restore(self, path: Path) -> None:
         state, extra = StageOne.load(path, with_moments=False)
-        if state.settings != self.settings or tuple(sorted(state.harmonizers)) != self.positions:
+        if state.settings.decisive() != self.settings.decisive() or tuple(sorted(state.harmonizers)) != self.positions:
             raise RunFailed(
                 f"{path}: this stage-1 checkpoint was made with other settings or another model.",
                 "Delete it, or name another cache folder.",
@@ -273,7 +281,7 @@ class _Trainer:
             harmonizer.load_state_dict(state.harmonizers[index])
         self.scores.values = torch.tensor([state.scores[index] for index in self.positions], dtype=torch.float64)
         self.scores.generator.set_state(extra["generator"])
-        self.step, self.history, self.fit = state.step, state.history, state.fit
+        self.step, self.scored, self.history, self.fit = state.step, state.scored, state.history, state.fit
         for position, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             prefix = f"optimizer.{position}."
             found = {name[len(prefix) :]: value for name, value in extra.items() if name.startswith(prefix)}

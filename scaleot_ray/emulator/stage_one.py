@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from scaleot_ray.checkpoints import read_header, read_state, write_state
+from scaleot_ray.checkpoints import NO_ROOM, read_header, read_state, write_state
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.harmonizer import Harmonizer
 from scaleot_ray.errors import ResourcesMissing, RunFailed
@@ -37,6 +37,7 @@ class StageOne:
         fit: R² of the closed-form start per layer (empty for the random start).
         history: one record a step: losses of harmonizer steps, candidate losses of score steps.
         step: harmonizer steps done.
+        scored: whether the scores have had their start; False between calibration and the end of layer damage.
         moments: second moments of attention inputs, see :class:`~.calibration.Calibration`; kept in a
             file of their own next to the result, since they are large and never change.
         leader: which projection's moment serves each attention projection.
@@ -48,6 +49,7 @@ class StageOne:
     fit: dict[int, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
+    scored: bool = True
     moments: Moments = field(default_factory=dict)
     leader: dict[str, str] = field(default_factory=dict)
 
@@ -78,7 +80,8 @@ class StageOne:
             with_moments: write the moments' own file too, and first: a state without it is never seen.
 
         Raises:
-            ResourcesMissing: the disk is full, or the file cannot be written for another reason.
+            ResourcesMissing: the disk is full; an earlier file is still there.
+            RunFailed: the file cannot be written for another reason.
         """
         tensors = {
             f"{index}.{name}": value for index, state in self.harmonizers.items() for name, value in state.items()
@@ -89,6 +92,7 @@ class StageOne:
             "fit": self.fit,
             "history": self.history,
             "step": self.step,
+            "scored": self.scored,
         }
         if with_moments:
             flat = {f"{index}:{name}": value for index, layer in self.moments.items() for name, value in layer.items()}
@@ -130,18 +134,20 @@ class StageOne:
             fit={int(index): value for index, value in record["fit"].items()},
             history=record["history"],
             step=record["step"],
+            scored=record.get("scored", True),
             moments=moments,
             leader=leader,
         )
         return result, extra
 
 
-def steps_done(path: Path) -> int:
-    """Steps of the saved state at ``path``, from its header; 0 where there is none that can be read."""
+def steps_done(path: Path) -> int | None:
+    """Steps of the saved state at ``path``, from its header; None where none can be read that is ready for steps."""
     try:
-        return int(json.loads(read_header(path, "stage_one"))["step"])
+        record = json.loads(read_header(path, "stage_one"))
+        return int(record["step"]) if record.get("scored", True) else None
     except _UNREADABLE:
-        return 0
+        return None
 
 
 def load_moments(path: Path) -> tuple[Moments, dict[str, str]]:
@@ -173,6 +179,11 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], key: str, text: str) ->
     try:
         write_state(path, tensors, key, text)
     except OSError as error:
-        raise ResourcesMissing(
-            f"{path}: stage 1 could not be saved ({error}).", "Free disk space and run the same command again."
+        if error.errno in NO_ROOM:
+            raise ResourcesMissing(
+                f"{path}: no room to write stage 1 ({error}).",
+                "Free disk space and run the same command again; it goes on from what was written before.",
+            ) from error
+        raise RunFailed(
+            f"{path}: stage 1 could not be saved ({error}).", "Give a cache folder that can be written."
         ) from error

@@ -31,6 +31,7 @@ __all__ = [
     "load_tokenizer",
     "model_digest",
     "resolve_device",
+    "tokenizer_digest",
     "tokenizer_files",
 ]
 
@@ -45,6 +46,8 @@ _VOLATILE = (
     "transformers_version",
     "use_cache",
 )
+# What a tokenizer's files say besides: where it was read, and how the last batch was filled up or cut.
+_VOLATILE_TOKENIZER = ("is_local", "local_files_only", "padding", "truncation")
 
 
 @dataclass
@@ -75,6 +78,11 @@ class BaseModel:
     def digest(self) -> str:
         """:func:`model_digest` of the weights as they were loaded; computed once, since it reads them all."""
         return model_digest(self.model)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """:func:`tokenizer_digest` of its tokenizer, computed once."""
+        return tokenizer_digest(self.tokenizer)
 
 
 def load_base_model(settings: ModelSettings) -> BaseModel:
@@ -209,6 +217,16 @@ def model_digest(model: PreTrainedModel) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) over what :func:`tokenizer_files` say; where it was read and what it has done does not count."""
+    files = {name: json.loads(data) for name, data in tokenizer_files(tokenizer).items()}
+    plain = {
+        name: {key: value for key, value in content.items() if key not in _VOLATILE_TOKENIZER}
+        for name, content in files.items()
+    }
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def resolve_device(device: str) -> torch.device:

@@ -17,7 +17,7 @@ from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
 from scaleot_ray.artifacts.provenance import licence_notice, model_name
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
-from scaleot_ray.emulator.build import FullModelFacts, build_emulator, check_triplet
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator, check_triplet, replaceable_layers
 from scaleot_ray.emulator.layer_replace import train_stage_one
 from scaleot_ray.emulator.privacy import build_for_privacy
 from scaleot_ray.emulator.stage_one import StageOne, steps_done
@@ -71,7 +71,7 @@ def build(
         stage_one: settings of stage 1.
         emulator: which emulator.
         output: folder of the artefact.
-        cache: folder of stage-1 results by digest of model, data and settings. An interrupted stage 1
+        cache: folder of stage-1 results by digest of model, tokenizer, data and settings. An interrupted stage 1
             goes on from its checkpoint there. None keeps nothing.
         resume: if ``output`` holds the very emulator that would be built, take it as it is.
         overwrite: replace another artefact in ``output``.
@@ -93,9 +93,16 @@ def build(
         raise ConfigError(f"output: {output} exists already.", "Give another folder, or --overwrite.")
     with _timed(seconds, "load"):
         base = model if isinstance(model, BaseModel) else load_base_model(model)
-        if emulator.privacy is None:
-            check_triplet(layer_count(base.model.config), emulator)  # before hours are spent on stage 1
-        key = identity(version=__version__, model=base.digest, public=data_digest(public), stage_one=stage_one)
+        # Before hours are spent on stage 1. A privacy level chooses α and β after it, but not the plug-in layers.
+        check = check_triplet if emulator.privacy is None else replaceable_layers
+        check(layer_count(base.model.config), emulator)
+        key = identity(
+            version=__version__,
+            model=base.digest,
+            tokenizer=base.tokenizer_digest,
+            public=data_digest(public),
+            stage_one=stage_one.decisive(),
+        )
         folder = cache / key[:16] if cache is not None else None
     record = None
     if folder is not None:
@@ -135,7 +142,8 @@ def _stage_one(
     on_progress: OnProgress | None,
 ) -> tuple[StageOne, bool]:
     checkpoint = folder / "stage_one.safetensors" if folder is not None else None
-    reused = checkpoint is not None and checkpoint.exists() and steps_done(checkpoint) >= settings.steps
+    done = steps_done(checkpoint) if checkpoint is not None else None
+    reused = done is not None and done >= settings.steps
     result = train_stage_one(base.model, base.family, text.batches, text.held_out, settings, checkpoint, on_progress)
     return result, reused
 

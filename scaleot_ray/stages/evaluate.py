@@ -26,7 +26,7 @@ from scaleot_ray.plugin import plug
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.limits import check_block_size
-from scaleot_ray.stages.plug import check_same_model
+from scaleot_ray.stages.plug import check_same_model, check_same_tokenizer
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import BATCH_SIZE, TestRows
 from scaleot_ray.stages.tune import tune_layers
@@ -83,7 +83,7 @@ def evaluate_rows(
         on_progress: hears of ``ROW NAME`` for each row, and of ``tune full NAME``.
 
     Raises:
-        ConfigError: a row is unknown, or the full model is not the one the emulator was built from.
+        ConfigError: a row is unknown, or the full model or its tokenizer is not what the emulator was built from.
         ArtifactRefused: the delta does not belong to the emulator.
         DataError: rows cannot be read, or are not what the settings say.
         RunFailed: a loss is not finite.
@@ -137,6 +137,7 @@ class _Evaluation:
             check_crossing(self.delta, parent=self.emulator.manifest)
         if self.emulator is not None and self.base is not None:
             check_same_model(self.base, self.emulator.manifest)
+            check_same_tokenizer(self.base, self.emulator.files, chat=self.test.task == "chat")
 
     def possible(self, row: str) -> bool:
         """Whether all inputs of a row are there."""
@@ -225,7 +226,7 @@ class _Evaluation:
 
     def _key(self, row: str) -> str:
         digests: dict[str, Callable[[Any], Any]] = {
-            "base": lambda base: base.digest,
+            "base": lambda base: [base.digest, base.tokenizer_digest],
             # Tuning the full model needs to know which layers, and nothing else of the emulator.
             "emulator": lambda emulator: (
                 list(emulator_content(emulator.manifest).plug_in_positions) if row == "full_tuned" else emulator.digest

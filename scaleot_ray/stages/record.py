@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from scaleot_ray.checkpoints import NO_ROOM
 from scaleot_ray.errors import ConfigError, ResourcesMissing
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_record(path: Path, values: dict[str, Any]) -> None:
@@ -24,19 +22,20 @@ def write_record(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise ResourcesMissing(f"{path}: no room to write it.", "Free disk space and run again.") from error
         raise ConfigError(
             f"{path}: cannot be written ({error.strerror or error}).", "Give a folder that can be written."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -82,6 +82,30 @@ def test_card_of_an_emulator_is_honest():
     assert model_card(with_card(artifact).manifest) == card
 
 
+EMULATOR_CARD = """\
+## How it was built
+
+- Builder `scaleot`, triplet (plug-in layers, α, β) = (2, 0.5, 0.8), layout `ends`.
+- Replaced layers have a harmonizer each: x + W_up · act(W_down x + b_d) + b_u, rank 4, silu, fitted on the owner's \
+public text.
+{learnt}- Loss on public held-out text, nats per token: full model 3.000, emulator 4.250, margin +1.250.
+
+"""
+
+
+def test_card_of_an_emulator_says_how_it_was_learnt():
+    # That of an emulator of before, which does not know, stays as it was.
+    assert EMULATOR_CARD.format(learnt="") in model_card(emulator(beta=0.8).manifest)
+    spec = {"start": "closed_form", "objective": "distill", "steps": 1200}
+    artifact = emulator(beta=0.8, stage_one=spec, compression="svd")
+    line = "- Stage 1: start `closed_form`, objective `distill`, 1,200 steps. Rank compression: `svd`.\n"
+    assert EMULATOR_CARD.format(learnt=line) in model_card(artifact.manifest)
+    content = describe(artifact.manifest)
+    assert (content["stage_one"], content["compression"]) == (spec, "svd")
+    assert (describe(emulator().manifest)["stage_one"], describe(emulator().manifest)["compression"]) == (None, None)
+    check_crossing(with_card(artifact))
+
+
 def test_card_says_when_an_emulator_hides_nothing():
     bare = emulator(layer_map=["plug_in", *["kept"] * 6, "plug_in"], full_loss=None, protected=False)
     card = model_card(bare.manifest.model_copy(update={"base_model": None, "licence": None}))

@@ -50,6 +50,21 @@ def test_manifests_from_before_base_model_and_licence_are_read_and_keep_their_di
     assert named.digest() != old.digest() != old.model_copy(update={"licence": "m"}).digest()
 
 
+def test_emulators_from_before_compression_and_stage_one_are_read_and_keep_their_digests():
+    manifest = emulator().manifest
+    values = json.loads(render_manifest(manifest))
+    assert (values["content"].pop("compression"), values["content"].pop("stage_one")) == (None, None)
+    old = parse_manifest(json.dumps(values).encode())
+    assert old == manifest
+    del values["created"]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    assert old.digest() == hashlib.sha256(text.encode()).hexdigest()
+    spec = {"start": "random", "objective": "lm", "steps": 3}
+    said = [emulator(compression="svd"), emulator(compression="other"), emulator(stage_one=spec)]
+    said.append(emulator(stage_one={**spec, "steps": 4}))
+    assert len({old.digest(), *(artifact.digest for artifact in said)}) == 5
+
+
 def test_config_keys_become_those_of_json():
     # id2label has integer keys; sorted as integers or as strings they come in another order.
     artifact = emulator()
@@ -184,6 +199,10 @@ def test_field_that_is_not_what_it_must_be_is_named(path, value, named):
         ("layer_map", ["plug_in", "kept"]),
         ("layer_map", ["plug_in", "gone", "plug_in"]),
         ("harmonizer", None),
+        ("compression", "svd\n# Heading"),
+        ("stage_one", {"start": "random", "objective": "lm"}),
+        ("stage_one", {"start": "random", "objective": "lm", "steps": -1}),
+        ("stage_one", {"start": "`random`", "objective": "lm", "steps": 1}),
     ],
 )
 def test_emulator_content_that_contradicts_itself_is_refused(field, value):

@@ -70,13 +70,13 @@ def test_every_family_survives_the_disk_with_layers_replaced_and_compressed(name
 
 
 @pytest.mark.parametrize("name", list(TINY))
-@pytest.mark.parametrize("beta", [0.2, 0.8])
+@pytest.mark.parametrize("beta", [0.2, 0.5, 0.8])
 def test_factors_give_what_their_products_give(name, beta):
     base = _base(name)
     stage_one = _stage_one(base)
     artifact = build_emulator(base, stage_one, _settings(beta=beta), FACTS)
     factored = any(name.endswith(".down") for name in artifact.tensors)
-    assert factored == (beta == 0.8), "factors are stored where they are smaller than their product"
+    assert factored == (beta >= 0.5), "factors are stored where they have no more numbers than their product"
     plain = assemble(build_emulator(base, stage_one, _settings(beta=0), FACTS))
     for index in positions(artifact.manifest.content.layer_map, LayerRole.KEPT):
         for projection in base.family.attention:
@@ -90,6 +90,27 @@ def test_factors_give_what_their_products_give(name, beta):
                 product[row] = u[:, :rank] * s[:rank] @ vh[:rank]
             weight.data.copy_(product)  # dense_weight is a view of the module's own
     assert torch.allclose(_logits(assemble(artifact)), _logits(plain), atol=1e-4)
+
+
+def test_a_square_matrix_is_stored_as_factors_at_half_its_rank():
+    base = _base("opt")  # query, key, value and output are all 32 × 32
+    artifact = build_emulator(base, _stage_one(base), _settings(beta=0.5), FACTS)
+    kept = positions(artifact.manifest.content.layer_map, LayerRole.KEPT)
+    assert kept
+    for index in kept:
+        for projection in base.family.attention:
+            name = base.family.layer_prefix(index) + projection.path
+            assert artifact.tensors[name + ".up.0"].shape == (32, 16)
+            assert artifact.tensors[name + ".down"].shape == (16, 32)
+            assert name + ".weight" not in artifact.tensors
+    # As many numbers as the product has: the size and what is verbatim do not depend on how it is stored.
+    whole = sum(
+        dense_weight(base.family.layers(base.model)[0].get_submodule(p.path)).numel() for p in base.family.attention
+    )
+    content = artifact.manifest.content
+    uncompressed = build_emulator(base, _stage_one(base), _settings(beta=0), FACTS).manifest.content
+    assert content.verbatim_parameters == uncompressed.verbatim_parameters - whole * len(kept)
+    check_crossing(artifact)
 
 
 def test_plug_in_layers_and_everything_outside_layers_leave_as_they_are():
@@ -187,6 +208,29 @@ def test_the_card_and_the_tokenizer_travel_along():
     artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
     assert "Apache-2.0" in artifact.files["README.md"].decode()
     assert json.loads(artifact.files["tokenizer.json"])
+
+
+def test_the_manifest_says_how_it_was_learnt_and_compressed():
+    base = _base()
+
+    def said(stage_one, **changes):
+        artifact = build_emulator(base, stage_one, _settings(**changes), FACTS)
+        return artifact.manifest.content, artifact.files["README.md"].decode()
+
+    paper = _stage_one(base, start="random", objective="lm")
+    content, card = said(paper)
+    assert (content.stage_one.start, content.stage_one.objective, content.stage_one.steps) == ("random", "lm", 2)
+    assert content.compression == "svd"
+    assert "- Stage 1: start `random`, objective `lm`, 2 steps. Rank compression: `svd`.\n" in card
+    content, card = said(_stage_one(base), compression="activation_aware")
+    assert (content.stage_one.start, content.stage_one.objective) == ("closed_form", "distill")
+    assert content.compression == "activation_aware"
+    # Nothing is said of what was not done.
+    assert said(paper, beta=0)[0].compression is None
+    assert said(paper, alpha=1)[0].compression is None
+    content, card = said(None, builder="uniform_drop", compression="activation_aware")
+    assert (content.stage_one, content.compression) == (None, "svd")  # it has seen no text
+    assert "- Rank compression: `svd`.\n" in card
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])

@@ -1,17 +1,20 @@
+import json
 import math
 
 import pytest
 import torch
 
 from scaleot_ray import checkpoints
+from scaleot_ray.checkpoints import read_state, write_state
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import switchable
 from scaleot_ray.emulator.layer_replace import train_stage_one
 from scaleot_ray.emulator.stage_one import StageOne, steps_done
-from scaleot_ray.errors import RunFailed
+from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.families import family_of
 from tests.emulator.token_stream import RandomTokens
+from tests.full_disk import largest_file
 from tests.tiny_models import TINY, tiny_model, tiny_tokens
 
 STREAM = RandomTokens()
@@ -103,11 +106,51 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(tmp_path, stop_
     assert _same(_train(), resumed)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("calibrate", 1), ("layer damage", 2), ("layer damage", 6)])
-def test_interrupted_before_the_first_step_it_starts_afresh(tmp_path, stage, step):
+@pytest.mark.parametrize("step", [1, 2])
+def test_interrupted_in_calibration_it_starts_afresh(tmp_path, step):
     path = tmp_path / "stage_one.safetensors"
-    _stopped(path, step, stage)
+    _stopped(path, step, "calibrate")
     assert not list(tmp_path.iterdir())
+    assert _same(_train(), _train(checkpoint=path))
+
+
+@pytest.mark.parametrize("step", [1, 2, 6])
+@pytest.mark.parametrize("steps", [0, 8])
+def test_interrupted_in_layer_damage_it_keeps_the_calibration(tmp_path, step, steps):
+    path, settings = tmp_path / "stage_one.safetensors", SETTINGS.model_copy(update={"steps": steps})
+    _stopped(path, step, "layer damage", settings=settings)
+    assert steps_done(path) is None
+    heard = []
+    assert _same(_train(settings), _train(settings, checkpoint=path, on_progress=heard.append))
+    assert [progress.step for progress in heard if progress.stage == "layer damage"] == [1, 2, 3, 4, 5, 6]
+    assert {progress.stage for progress in heard} == {"layer damage", *(["stage 1"] if steps else [])}
+    assert steps_done(path) == steps
+
+
+def test_interrupted_at_the_first_step_it_keeps_the_layer_damage(tmp_path):
+    path = tmp_path / "stage_one.safetensors"
+    _stopped(path, 1)
+    heard = []
+    assert _same(_train(), _train(checkpoint=path, on_progress=heard.append))
+    assert {progress.stage for progress in heard} == {"stage 1"}
+
+
+def test_scores_that_start_from_zero_need_no_layer_damage(tmp_path):
+    path, settings = tmp_path / "stage_one.safetensors", SETTINGS.model_copy(update={"score_start": "zero"})
+    heard = []
+    _train(settings.model_copy(update={"steps": 0}), checkpoint=path, on_progress=heard.append)
+    assert {progress.stage for progress in heard} == {"calibrate"}
+    assert steps_done(path) == 0
+
+
+def test_a_state_of_before_layer_damage_had_its_own_checkpoint_is_read(tmp_path):
+    path = tmp_path / "stage_one.safetensors"
+    _stopped(path, 5)
+    tensors, text = read_state(path, "stage_one")
+    record = json.loads(text)
+    del record["scored"]
+    write_state(path, tensors, "stage_one", json.dumps(record))
+    assert steps_done(path) == 3
     assert _same(_train(), _train(checkpoint=path))
 
 
@@ -136,6 +179,40 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     _train(checkpoint=path)
     with pytest.raises(RunFailed, match="other settings"):
         _train(SETTINGS.model_copy(update={"harmonizer_rank": 4}), checkpoint=path)
+
+
+def test_another_pace_of_checkpoints_is_no_other_setting(tmp_path):
+    path = tmp_path / "stage_one.safetensors"
+    _stopped(path, 5)
+    heard = []
+    resumed = _train(SETTINGS.model_copy(update={"checkpoint_every": 5}), checkpoint=path, on_progress=heard.append)
+    assert heard[0].step == 4
+    assert _same(_train(), resumed)
+
+
+def test_a_full_disk_leaves_the_older_state(tmp_path):
+    path = tmp_path / "stage_one.safetensors"
+    _stopped(path, 5)
+    written = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(written) == 2
+    with largest_file(10_000), pytest.raises(ResourcesMissing, match="no room to write stage 1") as caught:
+        _train(checkpoint=path)
+    assert "Free disk space" in caught.value.remedy
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == written
+    assert _same(_train(), _train(checkpoint=path))
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
+    with largest_file(10_000), pytest.raises(ResourcesMissing, match="no room to write stage 1"):
+        _train(checkpoint=tmp_path / "stage_one.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_not_called_a_full_disk(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailed, match="stage 1 could not be saved") as caught:
+        _train(checkpoint=tmp_path / "file" / "stage_one.safetensors")
+    assert "Give a cache folder that can be written" in caught.value.remedy
 
 
 def _cut(data: bytes) -> bytes:

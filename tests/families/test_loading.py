@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,12 @@ from scaleot_ray.families.loading import (
     load_tokenizer,
     model_digest,
     resolve_device,
+    tokenizer_digest,
     tokenizer_files,
 )
 from scaleot_ray.families.size import model_size
 from scaleot_ray.families.sources import UNKNOWN_LICENCE
-from tests.tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.tiny_models import TINY, save_tiny, swapped_tokenizer, tiny_model, tiny_tokenizer, tiny_tokens
 
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENGLISH = (
@@ -243,6 +247,37 @@ def test_the_digest_tells_types_and_tying_apart() -> None:
     untied = tiny_model("llama")
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     assert digest != model_digest(untied)
+
+
+def test_a_tokenizers_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
+    base = _load(save_tiny(tmp_path / "one"))
+    assert _load(save_tiny(tmp_path / "two" / "deeper")).tokenizer_digest == base.tokenizer_digest
+    program = (
+        "import sys; from scaleot_ray.families.loading import tokenizer_digest; "
+        "from scaleot_ray.families.tokenizer import read_tokenizer; "
+        "print(tokenizer_digest(read_tokenizer(sys.argv[1])))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "one")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
+    assert other.stdout.strip() == base.tokenizer_digest
+
+
+def test_a_tokenizers_digest_follows_what_it_says_and_not_its_use() -> None:
+    tokenizer = tiny_tokenizer()
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["a", "the owner"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_digest(tokenizer) == digest
+    tokenizer.chat_template += " "
+    assert tokenizer_digest(tokenizer) != digest
+    other = tiny_tokenizer()
+    other.eos_token = "<pad>"
+    assert tokenizer_digest(other) != digest
+    assert tokenizer_digest(swapped_tokenizer()) != digest
 
 
 def test_devices() -> None:

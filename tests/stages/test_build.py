@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scaleot_ray.stages import build as build_stage
 from scaleot_ray.stages.build import BuildResult, build
 from scaleot_ray.stages.public_text import HELD_OUT, read_public_text
 from tests.stages.conftest import Built
+from tests.tiny_models import swapped_tokenizer
 
 
 def again(built: Built, output: Path, **changes: Any) -> BuildResult:
@@ -30,7 +32,7 @@ def again(built: Built, output: Path, **changes: Any) -> BuildResult:
         "cache": built.folder / "cache",
         **changes,
     }
-    return build(built.base, output=output, **arguments)
+    return build(arguments.pop("base", built.base), output=output, **arguments)
 
 
 def test_other_emulators_come_from_the_same_stage_one(built: Built, tmp_path: Path) -> None:
@@ -49,6 +51,71 @@ def test_other_text_needs_a_stage_one_of_its_own(built: Built, tmp_path: Path) -
     (tmp_path / "other.jsonl").write_text("".join(reversed(lines)))
     other = again(built, tmp_path / "e", public=DataSettings(path=str(tmp_path / "other.jsonl")))
     assert not other.reused_stage_one
+
+
+def test_another_tokenizer_needs_a_stage_one_of_its_own(built: Built, tmp_path: Path) -> None:
+    other = replace(built.base, tokenizer=swapped_tokenizer())
+    assert other.digest == built.base.digest
+    result = again(built, tmp_path / "e", base=other)
+    assert not result.reused_stage_one
+    # Nor is what was measured or finished with the first one taken for its own.
+    assert emulator_content(result.manifest).full_loss != emulator_content(built.emulator.manifest).full_loss
+    assert again(built, tmp_path / "e", resume=True, base=other).manifest.digest() == result.manifest.digest()
+    with pytest.raises(ConfigError, match="holds something else"):
+        again(built, tmp_path / "e", resume=True)
+
+
+def test_a_stage_one_stopped_with_other_checkpoints_goes_on(built: Built, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(report: Progress) -> None:
+        if (report.stage, report.step) == ("stage 1", 4):
+            raise Stopped
+
+    settings = built.settings.stage_one.model_copy(update={"checkpoint_every": 2})
+    with pytest.raises(Stopped):
+        again(built, tmp_path / "e", stage_one=settings, cache=tmp_path / "c", on_progress=stop)
+    heard: list[Progress] = []
+    found = again(built, tmp_path / "e", cache=tmp_path / "c", on_progress=heard.append)
+    assert [report.step for report in heard if report.stage == "stage 1"] == [3, 4, 5, 6]
+    assert found.manifest.digest() == built.emulator.digest
+    assert again(built, tmp_path / "f", stage_one=settings, cache=tmp_path / "c").reused_stage_one
+
+
+def test_a_stage_one_without_steps_that_was_stopped_is_not_called_reused(built: Built, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(report: Progress) -> None:
+        if report.stage == "layer damage":
+            raise Stopped
+
+    arguments: dict[str, Any] = {
+        "stage_one": built.settings.stage_one.model_copy(update={"steps": 0}),
+        "cache": tmp_path / "c",
+    }
+    with pytest.raises(Stopped):
+        again(built, tmp_path / "e", on_progress=stop, **arguments)
+    assert not again(built, tmp_path / "e", **arguments).reused_stage_one
+    assert again(built, tmp_path / "f", **arguments).reused_stage_one
+
+
+@pytest.mark.parametrize("privacy", [{}, {"privacy": "low"}])
+def test_too_many_plug_in_layers_are_refused_before_stage_one(
+    built: Built, tmp_path: Path, privacy: dict[str, Any]
+) -> None:
+    heard: list[Progress] = []
+    with pytest.raises(ConfigError, match=r"emulator.plug_in_layers: 7 of 8 decoder layers leave no middle layers"):
+        again(
+            built,
+            tmp_path / "e",
+            emulator=EmulatorSettings(plug_in_layers=7, **privacy),
+            cache=tmp_path / "c",
+            on_progress=heard.append,
+        )
+    assert not heard
+    assert not (tmp_path / "c").exists()
 
 
 def test_moved_text_is_the_same_text(built: Built, tmp_path: Path) -> None:

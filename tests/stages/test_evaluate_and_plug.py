@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 import transformers
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.config import DataSettings
 from scaleot_ray.data import HoldOut, open_rows
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
 from scaleot_ray.families import loading
-from scaleot_ray.families.loading import load_base_model, model_digest
+from scaleot_ray.families.loading import BaseModel, load_base_model, model_digest
+from scaleot_ray.families.tokenizer import read_tokenizer
 from scaleot_ray.progress import Progress
 from scaleot_ray.stages import evaluate as evaluate_stage
 from scaleot_ray.stages.evaluate import evaluate_rows
 from scaleot_ray.stages.plug import plug_in
 from scaleot_ray.stages.tune import tune_emulator
 from tests.stages.conftest import Built
-from tests.tiny_models import save_tiny, tiny_tokens
+from tests.tiny_models import save_tiny, swapped_tokenizer, tiny_tokenizer, tiny_tokens
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,12 @@ def table(built: Built, **changes: Any) -> TenantTable:
         **changes,
     }
     return evaluate_rows(device="cpu", **arguments)
+
+
+def plug(built: Built, delta: Artifact, output: Path, base: BaseModel | None = None) -> Path:
+    """A delta into the full model, or into another one."""
+    emulator = built.emulator
+    return plug_in(base or built.base, delta, emulator.manifest, output, emulator_files=emulator.files)
 
 
 def everything(built: Built, delta: Artifact) -> dict[str, Any]:
@@ -83,6 +92,18 @@ def test_rows_of_another_version_are_measured_again(
         table(built, rows=("full_zero_shot",), base=built.base, folder=tmp_path, on_progress=heard.append)
         assert bool(heard) == measured
         heard.clear()
+
+
+def test_rows_of_another_tokenizer_are_measured_again(built: Built, tmp_path: Path) -> None:
+    heard: list[Progress] = []
+    values = []
+    for tokenizer in (tiny_tokenizer(), swapped_tokenizer(), tiny_tokenizer()):
+        base = replace(built.base, tokenizer=tokenizer)
+        heard.clear()
+        rows = table(built, rows=("full_zero_shot",), base=base, folder=tmp_path, on_progress=heard.append)
+        assert heard
+        values.append(rows.value("full_zero_shot"))
+    assert values[0] == values[2] != values[1]
 
 
 def test_a_models_digest_is_computed_once(
@@ -155,7 +176,75 @@ def test_another_full_model_is_refused(built: Built, delta: Artifact, stranger: 
     with pytest.raises(ConfigError, match="is not the model the emulator was built from"):
         table(built, **{**everything(built, delta), "base": stranger})
     with pytest.raises(ConfigError, match="is not the model the emulator was built from"):
-        plug_in(stranger, delta, built.emulator.manifest, tmp_path / "out")
+        plug(built, delta, tmp_path / "out", base=stranger)
+
+
+def _with_one_more_token() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["owner"])  # takes the place of several tokens
+    return tokenizer
+
+
+def _with_another_end() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "rule"),
+    [(swapped_tokenizer, "vocabulary"), (_with_one_more_token, "added_tokens"), (_with_another_end, "eos_token_id")],
+)
+def test_another_tokenizer_is_refused(
+    built: Built, delta: Artifact, tmp_path: Path, tokenizer: Callable[[], Any], rule: str
+) -> None:
+    base = replace(built.base, tokenizer=tokenizer())
+    with pytest.raises(ConfigError, match=f"model.tokenizer: .* is not the emulator's: {rule} differs"):
+        table(built, **{**everything(built, delta), "base": base})
+    with pytest.raises(ConfigError, match=f"model.tokenizer: .*{rule} differs.*\n.*emulator's folder"):
+        plug(built, delta, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_gives_the_same_tokens_is_taken(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    inputs = {**everything(built, delta), "rows": ("plug_in",)}
+    expected = table(built, **inputs).value("plug_in")
+    used = tiny_tokenizer()
+    used(["a", "the owner"], padding=True, truncation=True, max_length=3)
+    (tmp_path / "reordered").mkdir()
+    for name, data in built.emulator.files.items():
+        content = json.loads(data) if name.endswith(".json") else {}
+        if "decoder" in content:
+            content["decoder"]["trim_offsets"] = False
+            content["padding"] = {**json.loads(used.backend_tokenizer.to_str())["padding"], "pad_id": 3}
+        plain = dict(sorted(content.items(), reverse=True))
+        (tmp_path / "reordered" / name).write_text(json.dumps(plain, indent=4) if content else data.decode())
+    template = tiny_tokenizer()
+    template.chat_template = "{{ messages }}"  # these are no chat rows
+    # The emulator's own folder is the remedy that the refusal names.
+    loaded = [read_tokenizer(str(folder)) for folder in (built.folder / "emulator", tmp_path / "reordered")]
+    for tokenizer in (used, template, *loaded):
+        base = replace(built.base, tokenizer=tokenizer)
+        assert table(built, **{**inputs, "base": base}).value("plug_in") == expected
+    plug(built, delta, tmp_path / "out", base=base)
+
+
+def test_chat_rows_need_the_same_template_too(built: Built, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "the owner"}, {"role": "assistant", "content": "right"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    test = DataSettings(path=str(tmp_path / "chat.jsonl"), task="chat")
+    other = tiny_tokenizer()
+    other.chat_template = other.chat_template.replace("<|start|>", "<|start|> ")
+    rows = {"rows": ("emulator_zero_shot",), "emulator": built.emulator, "test": test}
+    assert table(built, base=built.base, **rows).value("emulator_zero_shot")
+    with pytest.raises(ConfigError, match="chat_template differs"):
+        table(built, base=replace(built.base, tokenizer=other), **rows)
+
+
+def test_an_emulator_whose_tokenizer_is_damaged_is_refused(built: Built, delta: Artifact, tmp_path: Path) -> None:
+    files = {**built.emulator.files, "tokenizer.json": b"{}"}
+    with pytest.raises(ArtifactRefused, match=r"tokenizer\.json cannot be read"):
+        plug_in(built.base, delta, built.emulator.manifest, tmp_path / "out", emulator_files=files)
 
 
 def test_a_delta_of_another_emulator_is_refused(built: Built, delta: Artifact, tmp_path: Path) -> None:
@@ -163,12 +252,12 @@ def test_a_delta_of_another_emulator_is_refused(built: Built, delta: Artifact, t
     with pytest.raises(ArtifactRefused, match="was tuned on emulator"):
         table(built, **{**everything(built, delta), "delta": other})
     with pytest.raises(ArtifactRefused, match="was tuned on emulator"):
-        plug_in(built.base, other, built.emulator.manifest, tmp_path / "out")
+        plug(built, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_plugged_checkpoint_is_the_plugged_model(built: Built, delta: Artifact, tmp_path: Path) -> None:
-    plug_in(built.base, delta, built.emulator.manifest, tmp_path / "out")
+    plug(built, delta, tmp_path / "out")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     name, change = next(iter(delta.tensors.items()))
     assert torch.equal(merged.get_parameter(name), built.base.model.get_parameter(name) + change)

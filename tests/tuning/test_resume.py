@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from scaleot_ray.families import family_of
 from scaleot_ray.progress import Progress
 from scaleot_ray.tuning import METHODS, Tuned, tune
 from scaleot_ray.tuning.checkpoint import model_fingerprint, read_checkpoint
+from tests.full_disk import largest_file
 from tests.tiny_models import tiny_model, tiny_tokens
 from tests.tuning.tiny_batches import POSITIONS, bits, tiny_batches, tiny_settings
 
@@ -195,18 +192,6 @@ def test_a_failed_run_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in saved.tensors.values())
     with pytest.raises(RunFailed, match="Step 2: the loss"):
         run(tiny_model("llama"), path, warmup_fraction=0, **options)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
