@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,10 @@ def evaluate_command(
     rows: Annotated[
         str | None, typer.Option(help="Rows of the table, by commas. Default: all that the inputs allow.")
     ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option(help="Folder of finished rows and checkpoints; stays with the rows. Default: scaleot-runs/eval."),
+    ] = None,
     task: TaskOption = None,
     column: ColumnOption = [],  # noqa: B006  typer copies it
     prompt_template: TemplateOption = None,
@@ -58,9 +63,11 @@ def evaluate_command(
 ) -> None:
     """Measure models on test rows and print the standard table.
 
-    Reads what is given: the full model, an emulator, a delta, test rows. Writes
-    nothing; the table (or with --format json the object of docs/json.md) goes to
-    stdout. Rows whose inputs are missing stay out:
+    Reads what is given: the full model, an emulator, a delta, test rows. The table
+    (or with --format json the object of docs/json.md) goes to stdout. Writes
+    finished rows, and checkpoints of full_tuned while it is tuned, to --folder:
+    the same command takes them from there, others write over them. Rows whose
+    inputs are missing stay out:
 
       full_zero_shot       --model
 
@@ -79,10 +86,11 @@ def evaluate_command(
 
       scaleot eval --model my-model --test arc.jsonl --task choice --format json
     """
-    with working(context, "Run the same command again.") as out:
+    again = "Run the same command again: finished rows are reused, full_tuned goes on from its last checkpoint."
+    with working(context, again) as out:
         values: dict[str, Any] = {
             "test": data_section(test, task, column, prompt_template, choice),
-            **given(emulator=emulator, delta=delta, device=device),
+            **given(emulator=emulator, delta=delta, device=device, folder=folder),
         }
         if model is not None:
             values["model"] = given(path=model, device=device, dtype=dtype)
@@ -102,20 +110,25 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
         rows = choose_rows(settings)
 
         from scaleot_ray.artifacts.storage import read_artifact
+        from scaleot_ray.data.sources import find_sources
         from scaleot_ray.evaluation.table import table_json
         from scaleot_ray.families.loading import load_base_model
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.evaluate import evaluate_rows
 
         use_usable_cores()
+        for data in (settings.test, settings.train, settings.validation):
+            if data is not None:
+                find_sources(data)  # a mistyped path leaves no folder behind
         # The artefacts are read first: they are refused before a large model is loaded.
         emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
         delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None
+        base = load_base_model(settings.model) if settings.model else None
         table = evaluate_rows(
             rows,
             name=settings.name,
             test=settings.test,
-            base=load_base_model(settings.model) if settings.model else None,
+            base=base,
             emulator=emulator,
             delta=delta,
             train=settings.train,
@@ -125,7 +138,7 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
             batch_size=settings.batch_size,
             block_size=settings.block_size,
             device=settings.device,
-            folder=Path(settings.folder) if settings.folder else None,
+            folder=_writable(Path(settings.folder)) if settings.folder else None,
             on_progress=bars,
         )
     document: dict[str, Any] = {
@@ -140,6 +153,24 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
         show_standard_table(console, [document])
 
     out.result(document, show)
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made and tried before a row is measured that could not be kept.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    folder = folder.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"folder: {folder} cannot be written ({error.strerror or error}).",
+            "Give --folder a folder that you may write to, or --set folder=null to keep nothing.",
+        ) from error
 
 
 def choose_rows(settings: EvaluateSettings) -> list[str]:

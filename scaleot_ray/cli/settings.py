@@ -91,7 +91,7 @@ class EvaluateSettings(Settings):
     block_size: int = Field(128, ge=8, description="tokens per sequence")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     folder: str | None = Field(
-        None,
+        "scaleot-runs/eval",
         description="keeps finished rows and the checkpoint of full_tuned, so that an interrupted evaluation goes on; "
-        "it depends on the test rows, so it stays where they are",
+        "it depends on the test rows, so it stays where they are; null keeps nothing",
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from tests.cli.command import PROJECT, Warm, started
+from tests.cli.command import PROJECT, Finished, Warm, started
 from tests.cli.conftest import BUILD, STAGE_ONE, TUNE, write_rows
 from tests.cli.test_documents import undocumented
 
@@ -147,6 +151,29 @@ class TestEval:
         assert "emulator zero-shot" in done.out
         assert "full zero-shot" not in done.out
         assert "(perplexity)" in done.out
+
+    def test_a_folder_that_cannot_be_written_is_said_before_a_row_is_measured(self, place: Path, warm: Warm) -> None:
+        arguments = ["eval", "--model", "model", "--test", "test.jsonl", "--set", "block_size=32"]
+        done = warm.scaleot(*arguments, "--folder", "test.jsonl", "--format", "json", cwd=place)
+        assert (done.code, done.error["type"]) == (2, "ConfigError")
+        assert done.error["message"].startswith("folder: test.jsonl cannot be written")
+        assert "full zero shot" not in done.err
+
+        done = warm.scaleot(*arguments, "--folder", "kept", cwd=place)
+        assert done.code == 0, done.err
+        assert [path.name for path in (place / "kept").iterdir()] == ["full_zero_shot.json"]
+
+        shutil.copy(place / "test.jsonl", place / "kept")
+        done = warm.scaleot(
+            *arguments, "--set", "folder=null", "--set", f"test.path={place}/kept/test.jsonl", cwd=place
+        )
+        assert done.code == 0, done.err
+        assert "full zero shot" in done.err
+
+    def test_a_mistyped_dataset_leaves_nothing_behind(self, place: Path, tmp_path: Path, warm: Warm) -> None:
+        done = warm.scaleot("eval", "--model", place / "model", "--test", "none.jsonl", cwd=tmp_path)
+        assert done.code == 2
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestPlug:
@@ -346,37 +373,65 @@ class TestRefused:
         assert "tune.block_size" in done.err
 
 
-class TestInterrupted:
-    """Ctrl-C, or SIGTERM from a scheduler: exit code 130, and the same command goes on."""
+Ready = Callable[["subprocess.Popen[str]"], list[str]]
 
-    def stopped(self, arguments: list[object], stage: str, number: signal.Signals, place: Path) -> None:
+
+def told(stage: str) -> Ready:
+    """Waits until a command has told of a stage and worked on; what it has shown."""
+
+    def wait(process: subprocess.Popen[str]) -> list[str]:
+        assert process.stderr is not None
+        shown = []
+        for line in process.stderr:
+            shown.append(line)
+            if line.startswith(f"{stage}:"):
+                time.sleep(1)
+                break
+        return shown
+
+    return wait
+
+
+def opened(path: Path) -> Ready:
+    """Waits until a command has opened a file."""
+
+    def wait(process: subprocess.Popen[str]) -> list[str]:
+        while str(path) not in {file.path for file in psutil.Process(process.pid).open_files()}:
+            assert process.poll() is None
+            time.sleep(0.05)
+        return []
+
+    return wait
+
+
+class TestInterrupted:
+    """Ctrl-C, or SIGTERM from a scheduler: exit code 130, no process left, and the same command goes on."""
+
+    def stopped(self, arguments: list[object], ready: Ready, number: signal.Signals, place: Path) -> None:
         with started(*arguments, cwd=place) as process:
-            assert process.stderr is not None
-            shown = []
-            for line in process.stderr:
-                shown.append(line)
-                if line.startswith(f"{stage}:"):
-                    time.sleep(1)
-                    process.send_signal(number)
-                    break
+            shown = ready(process)
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(number)
             out, rest = process.communicate(timeout=60)
         assert process.returncode == 130, "".join([*shown, rest])
+        assert psutil.wait_procs(children, timeout=5)[1] == []
         assert out == ""
         assert "Traceback" not in rest
         assert f"error: {arguments[0]} was interrupted." in rest
         assert "  → Run the same command again" in rest
 
-    def goes_on(self, arguments: list[object], stage: str, place: Path, warm: Warm) -> None:
+    def goes_on(self, arguments: list[object], stage: str, place: Path, warm: Warm) -> Finished:
         done = warm.scaleot(*arguments, cwd=place)
         assert done.code == 0, done.err
         first = re.search(rf"^{stage}: (\d+)/", done.err, flags=re.M)
         assert first is not None
         assert int(first.group(1)) > 2, done.err
+        return done
 
     def test_build(self, place: Path, warm: Warm) -> None:
         settings = [f"--set=stage_one.{item}" for item in (*STAGE_ONE[1:], "steps=400", "checkpoint_every=1")]
         arguments: list[object] = ["build", "--model=model", "--public=public.jsonl", "--output=late", *settings]
-        self.stopped([*arguments, "--plug-in-layers=2"], "stage 1", signal.SIGINT, place)
+        self.stopped([*arguments, "--plug-in-layers=2"], told("stage 1"), signal.SIGINT, place)
         assert not (place / "late").exists()
         self.goes_on([*arguments, "--plug-in-layers=2"], "stage 1", place, warm)
 
@@ -389,9 +444,37 @@ class TestInterrupted:
             "--output=late-tuned",
             *settings,
         ]
-        self.stopped(arguments, "tune data owner", signal.SIGTERM, place)
+        self.stopped(arguments, told("tune data owner"), signal.SIGTERM, place)
         assert not (place / "late-tuned" / "delta").exists()
         self.goes_on(arguments, "tune data owner", place, warm)
+
+    def test_eval(self, place: Path, warm: Warm) -> None:
+        settings = ["block_size=32", "tune.block_size=32", "tune.steps=400", "tune.checkpoint_every=1"]
+        arguments: list[object] = ["eval", "--model=model", "--emulator=emulator", "--test=test.jsonl"]
+        arguments += [
+            "--train=train.jsonl",
+            "--rows=full_zero_shot,full_tuned",
+            *(f"--set={item}" for item in settings),
+        ]
+        self.stopped(arguments, told("tune full test"), signal.SIGINT, place)
+        kept = [path.name for path in (place / "scaleot-runs" / "eval").iterdir()]
+        assert [name for name in kept if name.startswith("full_tuned-") and name.endswith(".safetensors")]
+        again = self.goes_on(arguments, "tune full test", place, warm)
+        assert "full zero shot test" not in again.err  # it had been measured
+
+    def test_plug(self, place: Path, warm: Warm) -> None:
+        arguments: list[object] = ["plug", "--model=model", "--emulator=emulator", "--delta=tuned/delta"]
+        arguments += ["--output=late-merged/model"]
+        audit = place / "late-merged" / "audit.jsonl"
+        audit.parent.mkdir()
+        with audit.open("a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # so that it gets so far and no further
+            self.stopped(arguments, opened(audit), signal.SIGTERM, place)
+        assert [path.name for path in audit.parent.iterdir()] == [audit.name]
+        assert audit.read_bytes() == b""
+        done = warm.scaleot(*arguments, cwd=place)
+        assert done.code == 0, done.err
+        assert (place / "late-merged" / "model" / "config.json").exists()
 
 
 class TestJobs:
