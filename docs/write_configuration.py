@@ -20,7 +20,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 
 SECTIONS: dict[str, list[tuple[str, type[Settings]]]] = {
     "A whole run": [
-        ("`scaleot run CONFIG.yaml`, `scaleot demo`", config.RunSettings),
+        ("`scaleot run CONFIG.yaml`, `jobs/federate.py`, `scaleot demo`", config.RunSettings),
         ("entries of `tenants`", config.TenantSettings),
     ],
     "Sections": [

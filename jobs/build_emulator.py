@@ -1,11 +1,12 @@
 """Build an emulator as a Ray job: the model owner's full model and public text → an emulator.
 
-ray job submit --working-dir . --entrypoint-num-cpus 8 -- \\
-    python jobs/build_emulator.py examples/build.yaml
+ray job submit --working-dir jobs --entrypoint-num-cpus 8 -- \\
+    python build_emulator.py /shared/owner/build.yaml
 
-With GPUs: add --entrypoint-num-gpus 1. The job runs where Ray has these resources; paths in the YAML
-must be there too (a shared folder). It computes with as many threads as --entrypoint-num-cpus says;
-without it Ray allows it a single one. The same as `scaleot build`.
+With GPUs: add --entrypoint-num-gpus 1. Ray copies the folder jobs to the cluster, these scripts and
+nothing else; the YAML and every path in it are absolute, on a disk that the nodes share. The job
+computes with as many threads as --entrypoint-num-cpus says; without it Ray allows it a single one.
+The same as `scaleot build`.
 """
 
 from scaleot_ray.cli.build import build_emulator

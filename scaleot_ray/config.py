@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from scaleot_ray.errors import ConfigError
+from scaleot_ray.result_folder import ResultFolder
 
 
 def _number(value: Any) -> Any:
@@ -234,7 +235,9 @@ class RunSettings(Settings):
     emulator: EmulatorSettings = EmulatorSettings()
     tune: TuneSettings = TuneSettings()
     tenants: tuple[TenantSettings, ...] = Field(min_length=1)
-    output: str = Field("scaleot-runs/run", description="folder of artefacts, audit log and report")
+    output: ResultFolder = Field(
+        "scaleot-runs/run", description="folder of artefacts, audit log and report", validate_default=True
+    )
     evaluator: bool = Field(
         False,
         description="declare an evaluator that holds the full model and the tenants' test data; "

@@ -18,6 +18,7 @@ from scaleot_ray.config import (
     StageOneSettings,
     TuneSettings,
 )
+from scaleot_ray.result_folder import ResultFolder
 
 RowName = Literal["full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned"]
 
@@ -29,8 +30,8 @@ class BuildSettings(Settings):
     public: DataSettings = Field(description="public text: stage 1 and the loss margin")
     stage_one: StageOneSettings = StageOneSettings()
     emulator: EmulatorSettings = EmulatorSettings()
-    output: str = Field(description="folder the emulator artefact is written to; what a data owner receives")
-    cache: str | None = Field(
+    output: ResultFolder = Field(description="folder the emulator artefact is written to; what a data owner receives")
+    cache: ResultFolder | None = Field(
         None, description="folder of stage-1 results and checkpoints; stays with the model owner; default: OUTPUT-cache"
     )
     overwrite: bool = Field(False, description="replace an earlier emulator in output")
@@ -49,7 +50,7 @@ class TuneCommandSettings(Settings):
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
     )
     tune: TuneSettings = TuneSettings()
-    output: str = Field(description="folder; output/delta and output/metrics are what may be sent back")
+    output: ResultFolder = Field(description="folder; output/delta and output/metrics are what may be sent back")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     evaluate_examples: int | None = Field(
         None, ge=1, description="at most so many test rows or blocks, and so many for validation"
@@ -64,7 +65,7 @@ class PlugSettings(Settings):
     emulator: str = Field(description="folder of the emulator the delta was tuned on")
     delta: str = Field(description="folder of a delta artefact")
     name: str = Field("data owner", description="name of the data owner who sent the delta, for the audit log")
-    output: str = Field(description="folder the Hugging Face checkpoint (or PEFT adapter) is written to")
+    output: ResultFolder = Field(description="folder the Hugging Face checkpoint (or PEFT adapter) is written to")
     scale: Number = Field(1.0, description="λ, factor on the delta; 1 takes it as it is")
     adapter: bool = Field(False, description="write a PEFT adapter instead of a merged checkpoint (lora only)")
     overwrite: bool = Field(False, description="replace an earlier result in output")
@@ -90,7 +91,7 @@ class EvaluateSettings(Settings):
     batch_size: int = Field(8, ge=1)
     block_size: int = Field(128, ge=8, description="tokens per sequence")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
-    folder: str | None = Field(
+    folder: ResultFolder | None = Field(
         "scaleot-runs/eval",
         description="keeps finished rows and the checkpoint of full_tuned, so that an interrupted evaluation goes on; "
         "it depends on the test rows, so it stays where they are; null keeps nothing",

@@ -522,9 +522,9 @@ class TestJobs:
         assert done.code == 2
         assert "'emulater'" in done.error["message"]
 
-    @pytest.mark.parametrize("script", ["build_emulator", "tune", "plug_in", "evaluate"])
+    @pytest.mark.parametrize("script", ["build_emulator", "tune", "plug_in", "evaluate", "federate"])
     def test_help(self, script: str, warm: Warm) -> None:
         done = warm.run(PROJECT / "jobs" / f"{script}.py", "--help", cwd=PROJECT)
         assert done.code == 0
-        assert "ray job submit" in done.out
+        assert "ray job submit --working-dir jobs" in " ".join(done.out.split())
         assert "CONFIG.yaml" in done.out
