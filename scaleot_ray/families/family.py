@@ -84,6 +84,12 @@ def hidden_size(config: Any) -> int:
     return int(text_config(config).hidden_size)
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens of the longest sequence the model takes; None where its config sets no bound."""
+    context = getattr(text_config(config), "max_position_embeddings", None)
+    return None if context is None else int(context)
+
+
 def dense_weight(projection: nn.Module) -> torch.Tensor:
     """Weight of a projection as (out, in), whichever way the module stores it (a view, not a copy)."""
     weight = projection.weight

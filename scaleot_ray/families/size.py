@@ -9,7 +9,7 @@ import torch
 
 from scaleot_ray.config import ModelSettings
 from scaleot_ray.families import family_of
-from scaleot_ray.families.family import hidden_size, layer_count
+from scaleot_ray.families.family import context_length, hidden_size, layer_count
 from scaleot_ray.families.gguf import Value, gguf_metadata
 from scaleot_ray.families.loading import directory_config, empty_model
 from scaleot_ray.families.sources import resolve_source
@@ -25,6 +25,7 @@ class ModelSize:
         layers: decoder layers n.
         width: d of the residual stream.
         vocabulary: token ids.
+        context: tokens of the longest sequence; None where nothing says.
     """
 
     parameters: int
@@ -32,6 +33,7 @@ class ModelSize:
     layers: int
     width: int
     vocabulary: int
+    context: int | None = None
 
 
 def model_size(settings: ModelSettings) -> ModelSize:
@@ -58,6 +60,7 @@ def _from_config(config: Any) -> ModelSize:
         layer_count(config),
         hidden_size(config),
         rows,
+        context_length(config),
     )
 
 
@@ -73,4 +76,5 @@ def _from_header(metadata: dict[str, Value]) -> ModelSize:
     # Many converters leave the vocabulary's size out; its tokens are there in any case.
     vocabulary = number("vocab_size") or int(metadata.get("tokenizer.ggml.tokens.length", 0))
     layers = number("block_count")
-    return ModelSize(layers * layer + 2 * vocabulary * width, layer, layers, width, vocabulary)
+    parameters = layers * layer + 2 * vocabulary * width
+    return ModelSize(parameters, layer, layers, width, vocabulary, number("context_length") or None)

@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 from scaleot_ray.config import DataSettings, RunSettings
-from scaleot_ray.data.sources import find_sources
-from scaleot_ray.errors import DataError
 from scaleot_ray.families.size import model_size
+from scaleot_ray.federation.data_check import check_data, check_rows
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.interruption import interruptible
 from scaleot_ray.federation.machine import this_machine
@@ -49,8 +48,10 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
     start = time.monotonic()
     settings = with_absolute_paths(settings)
     check_data(settings)
+    size = model_size(settings.model)
+    check_rows(settings, size.context)
     folder = RunFolder(Path(settings.output))
-    needs = run_needs(settings, model_size(settings.model))
+    needs = run_needs(settings, size)
     with interruptible(_AGAIN) as listen, folder.held(), PeakMemory() as memory:
         machine = this_machine()
         given = ray_is_given()
@@ -68,24 +69,6 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
     report.peak_rss_bytes = memory.bytes
     report.write()
     return report
-
-
-def check_data(settings: RunSettings) -> None:
-    """Looks whether every dataset is there, before an hour of stage 1 is spent.
-
-    Raises:
-        DataError: one is missing or of no known format; names the key.
-    """
-    datasets = {"public": settings.public}
-    for index, tenant in enumerate(settings.tenants):
-        datasets |= {f"tenants.{index}.train": tenant.train, f"tenants.{index}.test": tenant.test}
-        if tenant.validation is not None:
-            datasets[f"tenants.{index}.validation"] = tenant.validation
-    for key, data in datasets.items():
-        try:
-            find_sources(data)
-        except DataError as error:
-            raise DataError(f"{key}.{error.problem}", error.remedy) from None
 
 
 def with_absolute_paths(settings: RunSettings) -> RunSettings:

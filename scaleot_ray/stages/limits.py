@@ -11,7 +11,7 @@ from scaleot_ray.config import TuneSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families import Family
-from scaleot_ray.families.family import text_config
+from scaleot_ray.families.family import context_length
 from scaleot_ray.tuning import method_named
 
 _SIZES = {"lora": "lora_rank", "bottleneck": "bottleneck_width"}
@@ -28,7 +28,15 @@ def check_block_size(config: Any, block_size: int, key: str) -> None:
     Raises:
         ConfigError: the context is shorter.
     """
-    context = getattr(text_config(config), "max_position_embeddings", None)
+    check_context(context_length(config), block_size, key)
+
+
+def check_context(context: int | None, block_size: int, key: str) -> None:
+    """The same for a context that is known already; None is one without bound.
+
+    Raises:
+        ConfigError: the context is shorter.
+    """
     if context is not None and block_size > context:
         raise ConfigError(
             f"{key}: {block_size} tokens per sequence, but the model's context has {context}.",

@@ -26,6 +26,7 @@ def test_sizes_come_without_the_weights(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert (size.layers, size.width, size.vocabulary) == (8, 32, 97)
+    assert size.context == (None if name == "bloom" else 64)  # it has no positions to run out of
 
 
 def test_a_gguf_header_is_enough() -> None:
@@ -33,7 +34,7 @@ def test_a_gguf_header_is_enough() -> None:
     if not path.exists():
         pytest.skip("SmolLM2 is not here; `make demo` brings it")
     size = model_size(ModelSettings(path=str(path)))
-    assert (size.layers, size.width, size.vocabulary) == (30, 576, 49152)
+    assert (size.layers, size.width, size.vocabulary, size.context) == (30, 576, 49152, 8192)
     assert 134e6 < size.parameters < 165e6
 
 

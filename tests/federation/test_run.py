@@ -21,6 +21,7 @@ from scaleot_ray.config import DataSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.evaluation.table import ROWS
 from scaleot_ray.federation.coordinator import COORDINATOR, Coordinator
+from scaleot_ray.federation.data_check import LOOKED_AT
 from scaleot_ray.federation.phases import Phases, Running
 from scaleot_ray.federation.processes import marked
 from scaleot_ray.federation.report import RunReport
@@ -182,8 +183,10 @@ def test_one_owner_leaves_a_processor_to_the_evaluator(tmp_path: Path) -> None:
 
 def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
     settings = write_tiny_run(tmp_path, evaluator=False)
-    Path(settings.tenants[1].train.path).write_text('{"other": "column"}\n')
-    with pytest.raises(DataError, match=r"data owner bob: .*no column 'text'") as caught:
+    rows = write_text(Path(settings.tenants[1].train.path), WORDS, 2 * LOOKED_AT)
+    with rows.open("a") as file:
+        file.write('{"other": "column"}\n')  # too far down to be seen before everything starts
+    with pytest.raises(DataError, match=rf"data owner bob: .*line {2 * LOOKED_AT + 1}: .*no column 'text'") as caught:
         run_local(settings)
     assert type(caught.value) is DataError
     assert not actors_left()
@@ -249,22 +252,6 @@ def test_multiple_choice_shows_every_number_that_was_sent(tmp_path: Path, evalua
     tables = stream.getvalue().split("emulator zero-shot")
     assert len(tables) == 4  # accuracy, length-normalised accuracy, log-likelihood
     assert f"{sent['emulator_zero_shot.log_likelihood']:.3f}" in tables[3]
-
-
-@pytest.mark.parametrize("place", ["public", "tenants.1.test", "tenants.1.validation"])
-def test_missing_data_is_said_before_anything_starts(tmp_path: Path, place: str) -> None:
-    settings = write_tiny_run(tmp_path, tune={"evaluate_every": 5})
-    bob = settings.tenants[1]
-    if place == "public":
-        Path(settings.public.path).unlink()
-    elif place == "tenants.1.test":
-        Path(bob.test.path).unlink()
-    else:
-        bob = bob.model_copy(update={"validation": DataSettings(path=str(tmp_path / "gone.jsonl"))})
-        settings = settings.model_copy(update={"tenants": (settings.tenants[0], bob)})
-    with pytest.raises(DataError, match=rf"^{place}\.path: .* does not exist"):
-        run_local(settings)
-    assert not Path(settings.output).exists()
 
 
 def test_an_emulator_that_hides_nothing_stays_at_home(tmp_path: Path) -> None:
