@@ -95,7 +95,8 @@ def privacy_text(privacy: Mapping[str, Any]) -> str:
     return (
         f"privacy {privacy['level']} asks for a loss margin of at least {privacy['minimum_margin']:g} nats and at most "
         f"{privacy['maximum_verbatim']:.0%} verbatim; reached with α {reached['alpha']:g}, β {reached['beta']:g}: "
-        f"{reached['loss_margin']:.2f} nats and {reached['verbatim_share']:.0%}"
+        f"{reached['loss_margin']:.2f} nats, {reached['safe_margin']:.2f} less two standard errors, "
+        f"and {reached['verbatim_share']:.0%}"
     )
 
 

@@ -29,7 +29,7 @@ from scaleot_ray.emulator.layer_replace import candidate_layers
 from scaleot_ray.emulator.rank_compression import compress
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
-from scaleot_ray.evaluation.loss import evaluate_loss
+from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
 from scaleot_ray.families import as_stored, dense_weight, layer_count
 from scaleot_ray.families.loading import BaseModel, tokenizer_files
 from scaleot_ray.progress import OnProgress, ProgressMeter
@@ -41,11 +41,11 @@ class FullModelFacts:
 
     Attributes:
         digest: of the full model's weights and config.
-        loss: on public held-out text, nats per token; None where there is no such text.
+        score: its loss on public held-out text; None where there is no such text.
     """
 
     digest: str
-    loss: float | None = None
+    score: LossScore | None = None
 
 
 def build_emulator(
@@ -71,6 +71,18 @@ def build_emulator(
     Raises:
         ConfigError: :func:`check_triplet` refuses the settings.
     """
+    return measured_emulator(base, stage_one, settings, facts, held_out, on_progress)[0]
+
+
+def measured_emulator(
+    base: BaseModel,
+    stage_one: StageOne | None,
+    settings: EmulatorSettings,
+    facts: FullModelFacts,
+    held_out: Sequence[Batch] = (),
+    on_progress: OnProgress | None = None,
+) -> tuple[Artifact, LossScore | None]:
+    """What :func:`build_emulator` gives, and its loss block by block; None where no text is held out."""
     check_triplet(layer_count(base.model.config), settings)
     roles = choose_layers(layer_count(base.model.config), stage_one, settings)
     hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))
@@ -88,18 +100,18 @@ def build_emulator(
         verbatim_parameters=verbatim,
         full_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         base_digest=facts.digest,
-        full_loss=facts.loss,
+        full_loss=facts.score.value if facts.score is not None else None,
         emulator_loss=None,
         protected=bool(hidden),
         compression=_compression(stage_one, roles, settings),
         stage_one=_stage_one_spec(stage_one),
     )
+    score = None
     if held_out:
         dtype, device = base.model.dtype, next(base.model.parameters()).device
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
-        content = content.model_copy(
-            update={"emulator_loss": evaluate_loss(emulator, held_out, None, on_progress, "measure emulator").value}
-        )
+        score = evaluate_loss(emulator, held_out, None, on_progress, "measure emulator")
+        content = content.model_copy(update={"emulator_loss": score.value})
     artifact = Artifact.create(
         "emulator",
         content,
@@ -110,7 +122,7 @@ def build_emulator(
         base_model=model_name(base.name),
         licence=licence_notice(base.licence),
     )
-    return with_card(artifact)
+    return with_card(artifact), score
 
 
 def check_triplet(layers: int, settings: EmulatorSettings) -> None:

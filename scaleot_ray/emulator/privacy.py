@@ -2,8 +2,10 @@
 
 A level is two measured bounds: how much worse than the model the emulator is on public held-out text
 (its loss margin), and how much of the model leaves verbatim. The weakest emulator of a short ladder
-that meets both is built, because everything beyond costs the data owners quality. The bounds are ours;
-nobody has published any. A margin alone is weak evidence: docs/privacy.md says what it does not show.
+that meets both is built, because everything beyond costs the data owners quality. A margin measured on a few
+thousand tokens has an error, so it counts only as far as it is ``ERRORS`` standard errors on the safe side.
+The bounds are ours; nobody has published any. A margin alone is weak evidence: docs/privacy.md says what it
+does not show.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.manifest import EmulatorContent
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.data.batches import Batch
-from scaleot_ray.emulator.build import FullModelFacts, build_emulator, replaceable_layers
+from scaleot_ray.emulator.build import FullModelFacts, measured_emulator, replaceable_layers
 from scaleot_ray.emulator.layer_map import replaced_count
 from scaleot_ray.emulator.stage_one import StageOne
-from scaleot_ray.errors import ConfigError
+from scaleot_ray.errors import ConfigError, DataError
+from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.families import layer_count
 from scaleot_ray.families.loading import BaseModel
 from scaleot_ray.progress import OnProgress, ProgressMeter
@@ -46,15 +51,38 @@ LEVELS = {
 LADDER = ((0.25, 0.2), (0.25, 0.5), (0.25, 0.8), (0.5, 0.5), (0.5, 0.8), (0.75, 0.5), (0.75, 0.8), (1.0, 0.0))
 """(α, β) from the weakest to the strongest protection."""
 
+ERRORS = 2.0
+"""Standard errors that the margin must be above its bound; with ``SEQUENCES`` or more about 95 % one-sided."""
+
+SEQUENCES = 8
+"""Held-out sequences at least; fewer say too little of the margin's error."""
+
 
 @dataclass(frozen=True)
 class Rung:
-    """One emulator that was tried: its settings and what was measured on it."""
+    """One emulator that was tried: its settings and what was measured on it.
+
+    Attributes:
+        alpha, beta: fraction of replaced layers, rank reduction.
+        loss_margin: emulator loss − full loss on public held-out text, nats per token.
+        standard_error: of the margin, paired over the held-out sequences.
+        verbatim_share: share of the full model's parameters that leave unchanged.
+    """
 
     alpha: float
     beta: float
     loss_margin: float
+    standard_error: float
     verbatim_share: float
+
+    @property
+    def safe_margin(self) -> float:
+        """What is compared with the bound: the margin less ``ERRORS`` standard errors."""
+        return self.loss_margin - ERRORS * self.standard_error
+
+    def meets(self, bounds: PrivacyLevel) -> bool:
+        """Whether both bounds of a level are met."""
+        return self.safe_margin >= bounds.minimum_margin and self.verbatim_share <= bounds.maximum_verbatim
 
 
 @dataclass(frozen=True)
@@ -72,7 +100,7 @@ class PrivacyResult:
             "level": self.level,
             "minimum_margin": self.bounds.minimum_margin,
             "maximum_verbatim": self.bounds.maximum_verbatim,
-            "tried": [vars(rung) for rung in self.tried],
+            "tried": [{**vars(rung), "safe_margin": rung.safe_margin} for rung in self.tried],
         }
 
 
@@ -87,12 +115,15 @@ def build_for_privacy(
     """The weakest emulator of the ladder that meets ``settings.privacy``; α and β of the settings are not used.
 
     Args:
-        held_out: public batches; must not be empty, and ``facts.loss`` must be known.
+        held_out: public batches on which ``facts.score`` was measured.
 
     Raises:
         ConfigError: no emulator of the ladder meets the level; the message has the best reached.
+        DataError: :func:`check_held_out` finds too little text.
     """
     assert settings.privacy is not None
+    assert facts.score is not None
+    check_held_out(held_out, settings)
     bounds = LEVELS[settings.privacy]
     tried: list[Rung] = []
     middle, possible = replaceable_layers(layer_count(base.model.config), settings)
@@ -100,18 +131,51 @@ def build_for_privacy(
     meter = ProgressMeter(f"privacy {settings.privacy}", len(ladder), on_progress)
     for alpha, beta in ladder:
         changed = settings.model_copy(update={"alpha": alpha, "beta": beta})
-        artifact = build_emulator(base, stage_one, changed, facts, held_out, on_progress)
+        artifact, score = measured_emulator(base, stage_one, changed, facts, held_out, on_progress)
         content = artifact.manifest.content
         assert isinstance(content, EmulatorContent)
-        assert content.loss_margin is not None
-        tried.append(Rung(alpha, beta, content.loss_margin, content.verbatim_share))
+        assert score is not None
+        margin, error = loss_margin(score, facts.score)
+        tried.append(Rung(alpha, beta, margin, error, content.verbatim_share))
         meter.advance(loss=content.emulator_loss)
-        if content.loss_margin >= bounds.minimum_margin and content.verbatim_share <= bounds.maximum_verbatim:
+        if tried[-1].meets(bounds):
             return PrivacyResult(artifact, settings.privacy, bounds, tuple(tried))
-    margin = max(rung.loss_margin for rung in tried)
+    best = max(tried, key=lambda rung: rung.safe_margin)
     share = min(rung.verbatim_share for rung in tried)
     raise ConfigError(
-        f"emulator.privacy: {settings.privacy} asks for a loss margin of at least {bounds.minimum_margin} nats and at "
-        f"most {bounds.maximum_verbatim:.0%} verbatim; reached are at most {margin:.2f} nats and {share:.0%}.",
+        f"emulator.privacy: {settings.privacy} asks for a loss margin of at least {bounds.minimum_margin} nats, "
+        f"{ERRORS:g} standard errors on the safe side, and at most {bounds.maximum_verbatim:.0%} verbatim; reached are "
+        f"at most {best.loss_margin:.2f} nats (standard error {best.standard_error:.2f}) and {share:.0%}.",
         "Use fewer plug-in layers (emulator.plug_in_layers), a lower level, or name emulator.alpha and emulator.beta.",
     )
+
+
+def check_held_out(held_out: Sequence[Batch], settings: EmulatorSettings) -> None:
+    """Refuses public text that is too short to say whether a level is met; stage 1 need not be done for that.
+
+    Raises:
+        DataError: fewer than ``SEQUENCES`` sequences are held out.
+    """
+    count = sum(len(batch["input_ids"]) for batch in held_out)
+    if count < SEQUENCES:
+        raise DataError(
+            f"emulator.privacy: {settings.privacy} is measured on at least {SEQUENCES} held-out sequences; "
+            f"public gives {count}.",
+            f"Give public text of {4 * SEQUENCES} sequences or more (stage_one.block_size tokens each), or name "
+            "emulator.alpha and emulator.beta.",
+        )
+
+
+def loss_margin(emulator: LossScore, full: LossScore) -> tuple[float, float]:
+    """Emulator loss − full loss, nats per token, and its standard error.
+
+    Paired: what a hard sequence adds to both losses drops out. The margin is a ratio of sums over sequences,
+    and the error that of such a ratio, with sequences taken as drawn independently.
+
+    Args:
+        emulator, full: on the same blocks, two or more.
+    """
+    differences, counts = emulator.sums - full.sums, emulator.counts
+    margin = float(differences.sum() / counts.sum())
+    residuals, n = differences - margin * counts, len(counts)
+    return margin, float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())

@@ -15,7 +15,7 @@ from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.choice import ChoiceScore
 from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.evaluation.table import ROWS, TenantTable
-from scaleot_ray.stages.evaluate import score_from_record, score_record
+from scaleot_ray.stages.score import score_from_record, score_record
 
 TABLE_LIMIT = 64 << 20
 """Bytes of the largest table: a million test blocks in five rows."""

@@ -19,16 +19,17 @@ from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator, check_triplet, replaceable_layers
 from scaleot_ray.emulator.layer_replace import train_stage_one
-from scaleot_ray.emulator.privacy import build_for_privacy
+from scaleot_ray.emulator.privacy import build_for_privacy, check_held_out
 from scaleot_ray.emulator.stage_one import StageOne, steps_done
 from scaleot_ray.errors import ArtifactRefused, ConfigError
-from scaleot_ray.evaluation.loss import evaluate_loss
+from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
 from scaleot_ray.families import layer_count
 from scaleot_ray.families.loading import BaseModel, load_base_model
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.public_text import PublicText, read_public_text
 from scaleot_ray.stages.record import read_record, write_record
+from scaleot_ray.stages.score import score_from_record, score_record
 
 
 @dataclass
@@ -114,12 +115,14 @@ def build(
     if output.exists() and not overwrite:
         raise ConfigError(f"output: {output} holds something else already.", "Give another folder, or --overwrite.")
     text = read_public_text(public, base, stage_one)
+    if emulator.privacy is not None:
+        check_held_out(text.held_out, emulator)  # this too before stage 1
     with _timed(seconds, "stage_one"):
         result, reused = None, False
         if emulator.builder == "scaleot":
             result, reused = _stage_one(base, text, stage_one, folder, on_progress)
     with _timed(seconds, "emulator"):
-        facts = FullModelFacts(base.digest, _full_loss(base, text, folder, on_progress))
+        facts = FullModelFacts(base.digest, _full_score(base, text, folder, on_progress))
         reached = None
         if emulator.privacy is None:
             artifact = build_emulator(base, result, emulator, facts, text.held_out, on_progress)
@@ -148,16 +151,18 @@ def _stage_one(
     return result, reused
 
 
-def _full_loss(base: BaseModel, text: PublicText, folder: Path | None, on_progress: OnProgress | None) -> float:
+def _full_score(base: BaseModel, text: PublicText, folder: Path | None, on_progress: OnProgress | None) -> LossScore:
     """The full model's loss on the held-out text; measured once per model and text."""
     path = folder / "full_model.json" if folder is not None else None
-    known = read_record(path).get("loss") if path is not None else None
-    if isinstance(known, float):
-        return known
-    loss = evaluate_loss(base.model, text.held_out, None, on_progress, "measure full model").value
+    known = read_record(path) if path is not None else {}
+    if "sums" in known:
+        score = score_from_record(known)
+        assert isinstance(score, LossScore)
+        return score
+    score = evaluate_loss(base.model, text.held_out, None, on_progress, "measure full model")
     if path is not None:
-        write_record(path, {"loss": loss})
-    return loss
+        write_record(path, score_record(score))
+    return score
 
 
 def _leave(artifact: Artifact, audit: AuditLog | None) -> None:

@@ -8,16 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.emulator.assemble import assemble, emulator_content
 from scaleot_ray.errors import ConfigError
-from scaleot_ray.evaluation.choice import ChoiceScore
-from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.evaluation.score import Score
 from scaleot_ray.evaluation.table import ROWS, TenantTable
 from scaleot_ray.families import family_of
@@ -28,11 +24,9 @@ from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.limits import check_block_size
 from scaleot_ray.stages.plug import check_same_model, check_same_tokenizer
 from scaleot_ray.stages.record import read_record, write_record
-from scaleot_ray.stages.score import BATCH_SIZE, TestRows
+from scaleot_ray.stages.score import BATCH_SIZE, AnyScore, TestRows, score_from_record, score_record
 from scaleot_ray.stages.tune import tune_layers
 from scaleot_ray.tuning import from_artifact
-
-AnyScore = LossScore | ChoiceScore
 
 INPUTS = {
     "full_zero_shot": ("base",),
@@ -247,23 +241,3 @@ class _Evaluation:
             too_long=self.tune.too_long if self.tune is not None else "error",
             inputs={name: digests[name](getattr(self, name)) for name in INPUTS[row]} | validation,
         )
-
-
-def score_record(score: AnyScore) -> dict[str, Any]:
-    """A score as plain values, block by block."""
-    if isinstance(score, LossScore):
-        return {"sums": score.sums.tolist(), "counts": score.counts.tolist()}
-    return {
-        "correct": score.correct.tolist(),
-        "correct_normalised": score.correct_normalised.tolist(),
-        "log_likelihood": score.log_likelihood.tolist(),
-    }
-
-
-def score_from_record(record: dict[str, Any]) -> AnyScore:
-    """What :func:`score_record` was given."""
-    if "sums" in record:
-        return LossScore(np.array(record["sums"], dtype=np.float64), np.array(record["counts"], dtype=np.int64))
-    return ChoiceScore(
-        np.array(record["correct"]), np.array(record["correct_normalised"]), np.array(record["log_likelihood"])
-    )

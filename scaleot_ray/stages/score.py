@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from scaleot_ray.config import DataSettings
 from scaleot_ray.data import (
     Batch,
@@ -30,6 +32,7 @@ BATCH_SIZE = 8
 """Sequences per forward pass of an evaluation, where nothing else is asked for."""
 
 Example = TypeVar("Example")
+AnyScore = LossScore | ChoiceScore
 
 
 class TestRows:
@@ -73,9 +76,7 @@ class TestRows:
             examples = token_examples(settings, tokenizer, block_size, too_long, part)
             self._batches = _Batches(_Unchanged(examples, limit, settings.path), batch_size, self._pad)
 
-    def score(
-        self, model: Any, stage: str = "evaluate", on_progress: OnProgress | None = None
-    ) -> LossScore | ChoiceScore:
+    def score(self, model: Any, stage: str = "evaluate", on_progress: OnProgress | None = None) -> AnyScore:
         """Measures a causal LM on all rows."""
         if self.metric == "accuracy":
             return evaluate_choice(
@@ -89,7 +90,7 @@ class TestRows:
         return -score.mean_log_likelihood if isinstance(score, ChoiceScore) else score.value
 
 
-def numbers(score: LossScore | ChoiceScore, name: str) -> dict[str, float]:
+def numbers(score: AnyScore, name: str) -> dict[str, float]:
     """A score as the numbers that may leave: the metric under ``name``, further measures beside it."""
     values = {name: score.value}
     if isinstance(score, ChoiceScore):
@@ -103,6 +104,26 @@ def reported(values: Mapping[str, float], name: str, metric: str) -> ReportedSco
         return None
     further = {measure: values[key] for measure in SECONDARY[metric] if (key := f"{name}.{measure}") in values}
     return ReportedScore(metric, values[name], further)
+
+
+def score_record(score: AnyScore) -> dict[str, Any]:
+    """A score as plain values, block by block."""
+    if isinstance(score, LossScore):
+        return {"sums": score.sums.tolist(), "counts": score.counts.tolist()}
+    return {
+        "correct": score.correct.tolist(),
+        "correct_normalised": score.correct_normalised.tolist(),
+        "log_likelihood": score.log_likelihood.tolist(),
+    }
+
+
+def score_from_record(record: dict[str, Any]) -> AnyScore:
+    """What :func:`score_record` was given."""
+    if "sums" in record:
+        return LossScore(np.array(record["sums"], dtype=np.float64), np.array(record["counts"], dtype=np.int64))
+    return ChoiceScore(
+        np.array(record["correct"]), np.array(record["correct_normalised"]), np.array(record["log_likelihood"])
+    )
 
 
 class _Unchanged(Iterable[Example], Sized, Generic[Example]):

@@ -113,7 +113,7 @@ def undocumented(document: dict[str, Any]) -> set[str]:
 
 def privacy_level(emulator: Path) -> dict[str, object]:
     """What a result says of an emulator that was built for a privacy level; one of random weights reaches none."""
-    rung = Rung(alpha=0.25, beta=0.2, loss_margin=0.2, verbatim_share=0.7)
+    rung = Rung(alpha=0.25, beta=0.2, loss_margin=0.2, standard_error=0.02, verbatim_share=0.7)
     return PrivacyResult(read_artifact(emulator), "low", LEVELS["low"], (rung,)).as_json()
 
 

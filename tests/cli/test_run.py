@@ -137,8 +137,8 @@ def test_what_cannot_work_is_refused_before_ray_starts(place: Path, tmp_path: Pa
 
 
 def test_a_privacy_level_is_printed_with_what_was_reached() -> None:
-    tried = [{"alpha": 0.25, "beta": 0.2, "loss_margin": 0.1, "verbatim_share": 0.8}]
-    tried.append({"alpha": 0.5, "beta": 0.5, "loss_margin": 0.41, "verbatim_share": 0.62})
+    tried = [{"alpha": 0.25, "beta": 0.2, "loss_margin": 0.1, "safe_margin": 0.08, "verbatim_share": 0.8}]
+    tried.append({"alpha": 0.5, "beta": 0.5, "loss_margin": 0.41, "safe_margin": 0.35, "verbatim_share": 0.62})
     emulator = {
         "replaced_layers": [3, 4],
         "dropped_layers": [],
@@ -154,4 +154,4 @@ def test_a_privacy_level_is_printed_with_what_was_reached() -> None:
     text = "\n".join(emulator_lines(emulator))
     assert "2 of 8 layers replaced" in text
     assert "asks for a loss margin of at least 0.3 nats and at most 70% verbatim" in text
-    assert "reached with α 0.5, β 0.5: 0.41 nats and 62%" in text
+    assert "reached with α 0.5, β 0.5: 0.41 nats, 0.35 less two standard errors, and 62%" in text

@@ -40,7 +40,7 @@ def test_other_emulators_come_from_the_same_stage_one(built: Built, tmp_path: Pa
     settings = EmulatorSettings(alpha=0.25, beta=0.5, plug_in_layers=2)
     result = again(built, tmp_path / "e", emulator=settings, on_progress=heard.append)
     assert result.reused_stage_one
-    assert not [report for report in heard if report.stage == "stage 1"]
+    assert not {report.stage for report in heard} & {"stage 1", "measure full model"}
     content = emulator_content(result.manifest)
     assert (content.alpha, content.beta) == (0.25, 0.5)
     assert content.loss_margin is not None
@@ -194,6 +194,21 @@ def test_a_privacy_level_that_cannot_be_met_is_an_error(built: Built, tmp_path: 
     with pytest.raises(ConfigError, match=r"emulator.privacy: low asks"):
         again(built, tmp_path / "e", emulator=EmulatorSettings(privacy="low", plug_in_layers=2))
     assert not (tmp_path / "e").exists()
+
+
+def test_a_privacy_level_needs_text_to_be_measured_on(built: Built, tmp_path: Path) -> None:
+    lines = Path(built.settings.public.path).read_text().splitlines(keepends=True)
+    (tmp_path / "short.jsonl").write_text("".join(lines[:2]))
+    public, heard = DataSettings(path=str(tmp_path / "short.jsonl")), list[Progress]()
+    with pytest.raises(DataError, match=r"emulator.privacy: low is measured on at least 8 held-out sequences"):
+        again(
+            built,
+            tmp_path / "e",
+            public=public,
+            emulator=EmulatorSettings(privacy="low", plug_in_layers=2),
+            on_progress=heard.append,
+        )
+    assert not heard  # said before stage 1
 
 
 def test_held_out_text_is_not_trained_on(built: Built) -> None:
