@@ -35,13 +35,13 @@ def portable_command(module: str, arguments: Sequence[str], paths: Collection[st
     Args:
         module: what ``python -m`` ran.
         arguments: as given.
-        paths: options whose value is a path.
+        paths: options whose value is a path; other values are taken for one where they are absolute.
     """
     shown, is_path = [], False
     for argument in arguments:
         option, equals, value = argument.partition("=")
-        if equals and option in paths:
+        if equals and (option in paths or Path(value).is_absolute()):
             argument = f"{option}={Path(value).name}"
-        shown.append(Path(argument).name if is_path else argument)
+        shown.append(Path(argument).name if is_path or Path(argument).is_absolute() else argument)
         is_path = argument in paths
     return shlex.join(["python", "-m", module, *shown])

@@ -121,6 +121,8 @@ def test_wrong_parts_are_named(tiny: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_commands_hold_no_paths_of_the_machine() -> None:
     shown = portable_command(
-        "m", ["--model", "/home/me/a.gguf", "--data=/srv/data", "--steps", "2"], ("--model", "--data")
+        "m",
+        ["--model", "/home/me/a.gguf", "--data=srv/data", "--steps", "2", "--set", "public.path=/srv/text", "/x/y"],
+        ("--model", "--data"),
     )
-    assert shown == "python -m m --model a.gguf --data=data --steps 2"
+    assert shown == "python -m m --model a.gguf --data=data --steps 2 --set public.path=text y"

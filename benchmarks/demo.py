@@ -1,0 +1,77 @@
+"""``python -m benchmarks.demo``: the demo from an empty folder, and its report as it may be committed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import exit_code_of, portable_command
+from benchmarks.environment import environment, now
+from scaleot_ray.cli.bars import ProgressBars
+from scaleot_ray.cli.demo import demo_settings, forget
+from scaleot_ray.cli.output import finite
+from scaleot_ray.stages.record import write_record
+
+SCHEMA = 1
+PATHS = ("--model", "--output", "--json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; gives the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code_of(lambda: _run(given), "Interrupted; nothing was written. The same command starts over.")
+
+
+def _run(given: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.demo", description=__doc__)
+    parser.add_argument("--model", help="Hugging Face directory or .gguf file; default: SmolLM2 from `make demo`")
+    parser.add_argument("--output", default="scaleot-runs/demo", help="folder of the run; default: %(default)s")
+    parser.add_argument("--json", required=True, type=Path, help="e.g. benchmarks/results/demo.json")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `scaleot demo --set`")
+    options = parser.parse_args(given)
+
+    from scaleot_ray.federation.run import run_local
+
+    made = environment()
+    settings = demo_settings(options.model, Path(options.output), options.set)
+    forget(Path(options.output))
+    with ProgressBars() as bars:
+        report = run_local(settings, on_progress=bars)
+    write_record(options.json, committed(report.as_json(), given, made))
+    return 0
+
+
+def committed(report: dict[str, Any], given: Sequence[str], made: dict[str, Any]) -> dict[str, Any]:
+    """What is committed of a run.
+
+    Args:
+        report: schema ``scaleot.run/1`` of docs/json.md.
+        given: arguments of this program.
+        made: the environment, as it was when the run began.
+    """
+    return {
+        "schema": SCHEMA,
+        "benchmark": "demo",
+        "command": portable_command("benchmarks.demo", given, PATHS),
+        "date": now(),
+        "environment": made,
+        "report": without_paths(finite(report)),
+    }
+
+
+def without_paths(value: Any) -> Any:
+    """A report in which every path, absolute or to something that is here, is nothing but its last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and "/" in value and (Path(value).is_absolute() or Path(value).exists()):
+        return Path(value).name
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
