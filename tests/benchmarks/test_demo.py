@@ -7,22 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.demo import main, without_paths
+from benchmarks.demo import committed, main, without_paths
+from benchmarks.environment import environment
 from tests.tiny_models import save_tiny
 
 SMALL = (
     *("stage_one.steps=2", "stage_one.block_size=32", "stage_one.harmonizer_rank=8", "stage_one.start_tokens=512"),
-    *(
-        "emulator.plug_in_layers=2",
-        "tune.steps=2",
-        "tune.block_size=32",
-        "evaluate_examples=8",
-        "owner_cpus=1",
-        "evaluator=false",
-    ),
+    *("emulator.plug_in_layers=2", "tune.steps=2", "tune.block_size=32", "evaluate_examples=8"),
+    *("owner_cpus=1", "evaluator=false"),
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("connected_ray")
 def test_the_report_is_written_without_paths(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
@@ -32,16 +28,23 @@ def test_the_report_is_written_without_paths(tmp_path: Path) -> None:
     assert main([*arguments, "--json", str(tmp_path / "results" / "demo.json")]) == 0
     text = (tmp_path / "results" / "demo.json").read_text()
     assert str(tmp_path) not in text
-    document = json.loads(text)
-    assert document["command"].startswith(
-        "python -m benchmarks.demo --model model --output run --set stage_one.steps=2"
-    )
-    assert {"revision", "dirty", "torch", "cores"} <= document["environment"].keys()
-    report = document["report"]
-    assert (report["model"], report["directory"], report["audit"]) == ("model", "run", "audit.jsonl")
-    whole = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report == {**whole, **{key: report[key] for key in ("model", "directory", "audit")}}
-    assert report["tenants"][0]["emulator_tuned"] > 0
+    found, whole = json.loads(text), json.loads((tmp_path / "run" / "report.json").read_text())
+    assert whole["model"] == str(tmp_path / "model")
+    assert found["report"] == {**whole, "model": "model", "directory": "run", "audit": "audit.jsonl"}
+    assert found["report"]["tenants"][0]["emulator_tuned"] > 0
+
+
+def test_the_report_is_committed_with_its_command_and_environment(tmp_path: Path) -> None:
+    model, run = str(tmp_path / "model"), str(tmp_path / "run")
+    report = {"schema": "scaleot.run/1", "model": model, "directory": run, "audit": run + "/audit.jsonl"}
+    given = ["--model", model, "--output", run, "--json", str(tmp_path / "a.json"), "--set", f"public.path={tmp_path}"]
+    found = committed({**report, "peak_rss_bytes": float("nan")}, given, environment())
+    assert str(tmp_path.parent) not in json.dumps(found)
+    shown = f"--model model --output run --json a.json --set public.path={tmp_path.name}"
+    assert found["command"] == f"python -m benchmarks.demo {shown}"
+    assert {"revision", "dirty", "torch", "cores"} <= found["environment"].keys()
+    shortened = {"model": "model", "directory": "run", "audit": "audit.jsonl"}
+    assert found["report"] == {**report, **shortened, "peak_rss_bytes": None}
 
 
 def test_only_paths_are_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
