@@ -64,7 +64,7 @@ def code_line(code: Sequence[Record]) -> str:
     """A document's ``code`` in words: which code made the cells; a table of several says so."""
     shown = []
     for entry in code:
-        name = f"revision {entry['revision'][:12]}" if entry["revision"] else "unknown code"
+        name = f"revision {entry['revision'][:12]}" if entry["revision"] else "code of unknown revision"
         state = " with uncommitted changes" if entry["dirty"] else ""
         shown.append(f"{name}{state} ({entry['cells']} cell{'s' if entry['cells'] > 1 else ''})")
     several = "Cells were made by different code, so rows may differ for that reason alone: " if len(shown) > 1 else ""

@@ -98,4 +98,4 @@ def test_a_summary_says_that_its_cells_are_of_different_code(tmp_path: Path) -> 
     code, line = summary(same, {**same, "dirty": True}, {"python": "3.11"})
     assert [entry["cells"] for entry in code] == [1, 1, 1]
     assert line.startswith("Cells were made by different code")
-    assert "revision aaaaaaaaaaaa with uncommitted changes (1 cell), unknown code (1 cell)" in line
+    assert "revision aaaaaaaaaaaa with uncommitted changes (1 cell), code of unknown revision (1 cell)" in line
