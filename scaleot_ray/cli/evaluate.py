@@ -63,11 +63,11 @@ def evaluate_command(
 ) -> None:
     """Measure models on test rows and print the standard table.
 
-    Reads what is given: the full model, an emulator, a delta, test rows. The table
-    (or with --format json the object of docs/json.md) goes to stdout. Writes
-    finished rows, and checkpoints of full_tuned while it is tuned, to --folder:
-    the same command takes them from there, others write over them. Rows whose
-    inputs are missing stay out:
+    Reads what is given: the full model, an emulator, a delta, test rows. The
+    table (or with --format json the object of docs/json.md) goes to stdout.
+    Writes finished rows, and checkpoints of full_tuned while it is tuned, to
+    --folder: the same command takes them from there, others write over them.
+    Rows whose inputs are missing stay out:
 
       full_zero_shot       --model
 
