@@ -28,7 +28,7 @@ from scaleot_ray.federation.processes import end_marked
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
 _SHUTDOWN_SECONDS = 4.0  # it takes 1.5
-_SETTLE_SECONDS = 2.0  # what actors held that ended just now is free within a tenth
+_SETTLE_SECONDS = 5.0  # what actors held that ended just now is free within a tenth, on a busy machine later
 
 
 @dataclass(frozen=True)

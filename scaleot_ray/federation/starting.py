@@ -16,8 +16,8 @@ from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress, Progress
 
-SAY_SECONDS = 5.0
-"""A wait for processors longer than this is told of."""
+SAY_SECONDS = 10.0
+"""A wait for processors longer than this is told of; a new process takes a part of it."""
 
 START_SECONDS = 300.0
 """An actor that has not answered after so long ends the run; on a busy machine with slow disks one takes a minute."""
@@ -64,7 +64,7 @@ class Starts:
             self._tell(start.said, 1)
 
     def look(self) -> None:
-        """Tells of those that wait for processors.
+        """Tells of those that wait for processors, on a Ray where others may have taken them.
 
         Raises:
             ResourcesMissing: one has waited too long; names it, what it asks for and what is free.
@@ -74,7 +74,8 @@ class Starts:
             waited = time.monotonic() - start.since
             if waited > START_SECONDS:
                 raise self._given_up(role, start)
-            if start.said is None and waited > SAY_SECONDS and not self._has_process(start):
+            silent = start.said is None and not self._session.private
+            if silent and waited > SAY_SECONDS and not self._has_process(start):
                 start.said = f"{role} waits for {self._missing(start)}"
                 self._tell(start.said, 0)
 

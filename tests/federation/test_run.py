@@ -41,7 +41,8 @@ class Run:
         self.settings, self.heard = settings, list[Progress]()
         self.report: RunReport = run_local(settings, on_progress=self.heard.append)
         self.json: dict[str, Any] = self.report.as_json()
-        self.stages = {progress.stage for progress in self.heard}
+        # On a busy machine a process may be so long in coming that the run says whom it waits for.
+        self.stages = {progress.stage for progress in self.heard if " waits for " not in progress.stage}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_processors_that_others_take_later_end_the_run_with_who_waits(
 
 def test_a_wait_that_ends_is_told_of_once(connected_ray: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = list[Progress]()
-    starts = Starts(connected_ray, heard.append)
+    starts = Starts(replace(connected_ray, private=False), heard.append)
     with held(connected_ray, 2):
         other = ask(connected_ray, 1)
         starts.asked("somebody", other, 1, 0)
@@ -119,7 +120,7 @@ def test_a_process_that_does_not_answer_is_no_lack_of_processors(
     connected_ray: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = list[Progress]()
-    starts = Starts(connected_ray, heard.append)
+    starts = Starts(replace(connected_ray, private=False), heard.append)
     slow = ask(connected_ray, 1, seconds=600)
     starts.asked("somebody", slow, 1, 0)
     while not ray._private.state.actors(slow._actor_id.hex()).get("Pid"):
