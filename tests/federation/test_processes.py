@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from scaleot_ray.federation.processes import PeakMemory, end, end_marked, marked, wait_for_end
 
@@ -75,7 +74,8 @@ def test_a_process_counts_once_even_if_it_is_named_too() -> None:
     named.look()
     plain.look()
     kill(process)
-    assert named.bytes == pytest.approx(plain.bytes, rel=0.02)
+    # Counted twice it would weigh SIZE more; other children of the tests come and go between two looks.
+    assert abs(named.bytes - plain.bytes) < SIZE / 2
     assert named.others == {process.pid, os.getpid()}
 
 
