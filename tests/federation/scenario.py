@@ -64,9 +64,10 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
         result = {"report": run_local(settings, on_progress=on_progress).as_json()}
     except ScaleOTError as error:
         result = {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
-    left = [process.name() for process in psutil.Process().children(recursive=True)]
+    # Those that were killed just now are still on the list until the kernel has taken them apart.
+    _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=2)
     seconds = time.monotonic() - blow if blow else None
-    return {**result, "seconds_after_blow": seconds, "left": left, "first_seen": seen}
+    return {**result, "seconds_after_blow": seconds, "left": [str(process) for process in left], "first_seen": seen}
 
 
 if __name__ == "__main__":
