@@ -83,7 +83,7 @@ class CellRunner:
         """One of the public texts, and its digest."""
         if name not in self._public:
             text = public_text(name, self.data, self.output / "data")
-            self._public[name] = text, data_digest(text)
+            self._public[name] = text, data_digest(text, "public")
         return self._public[name]
 
     def announce(self, cells: Sequence[Cell]) -> None:
@@ -224,8 +224,8 @@ class CellRunner:
             seed=cell.seed,
             stage_one=cell.stage_one,
             emulator=cell.emulator,
-            train=data_digest(task.train),
-            test=data_digest(task.test),
+            train=data_digest(task.train, "train"),
+            test=data_digest(task.test, "test"),
             tune=cell.tune.model_dump(mode="json", exclude={"checkpoint_every"}),
             limit=cell.test_rows,
         )

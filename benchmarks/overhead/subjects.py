@@ -29,10 +29,10 @@ def untrained_emulator(base: BaseModel, settings: EmulatorSettings, block_size: 
     )
     public = random_batches(vocabulary_size(base.model), 1, block_size)
     result = train_stage_one(base.model, base.family, public, [], stage_one)
-    return build_emulator(base, result, settings, FullModelFacts(model_digest(base.model)))
+    return build_emulator(base, result, settings, FullModelFacts(model_digest(base.model)))[0]
 
 
 def whole_model(base: BaseModel, plug_in_layers: int) -> Artifact:
     """The full model in an artefact's clothes, so that a process loads it just as it loads an emulator."""
     settings = EmulatorSettings(plug_in_layers=plug_in_layers, alpha=0, beta=0, allow_unprotected=True)
-    return build_emulator(base, None, settings, FullModelFacts(model_digest(base.model)))
+    return build_emulator(base, None, settings, FullModelFacts(model_digest(base.model)))[0]

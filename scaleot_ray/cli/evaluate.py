@@ -110,16 +110,15 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
         rows = choose_rows(settings)
 
         from scaleot_ray.artifacts.storage import read_artifact
-        from scaleot_ray.data.sources import find_sources
+        from scaleot_ray.data.dataset_key import check_sources
         from scaleot_ray.evaluation.table import table_json
         from scaleot_ray.families.loading import load_base_model
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.evaluate import evaluate_rows
 
         use_usable_cores()
-        for data in (settings.test, settings.train, settings.validation):
-            if data is not None:
-                find_sources(data)  # a mistyped path leaves no folder behind
+        # Now, so that a mistyped path leaves no folder behind.
+        check_sources({"test": settings.test, "train": settings.train, "validation": settings.validation})
         # The artefacts are read first: they are refused before a large model is loaded.
         emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
         delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None

@@ -93,6 +93,7 @@ class EvaluateSettings(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     folder: ResultFolder | None = Field(
         "scaleot-runs/eval",
+        validate_default=True,
         description="keeps finished rows and the checkpoint of full_tuned, so that an interrupted evaluation goes on; "
         "it depends on the test rows, so it stays where they are; null keeps nothing",
     )

@@ -90,14 +90,13 @@ def tune(settings: TuneCommandSettings, out: Output) -> None:
     with ProgressBars() as bars:
         from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner
         from scaleot_ray.artifacts.crossing import audit_beside, receive
-        from scaleot_ray.data.sources import find_sources
+        from scaleot_ray.data.dataset_key import check_sources
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.tune import tune_emulator
 
         use_usable_cores()
-        for data in (settings.train, settings.test, settings.validation):
-            if data is not None:
-                find_sources(data)  # a mistyped path leaves nothing behind, no audit log either
+        # Now, so that a mistyped path leaves nothing behind, no audit log either.
+        check_sources({"train": settings.train, "test": settings.test, "validation": settings.validation})
         audit = audit_beside(Path(settings.output) / "delta")
         result = tune_emulator(
             receive(settings.emulator, "emulator", MODEL_OWNER, data_owner(settings.name), audit),

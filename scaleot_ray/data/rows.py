@@ -50,11 +50,12 @@ class Row(dict[str, Any]):
         if column not in self:
             raise DataError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(repr, self)) or 'none'}.",
-                f"Set {key} to one of these.",
+                f"Set {key} to one of these{_option(key)}.",
             )
         if self[column] is None:
             raise DataError(
-                f"{self.where}: column {column!r} is null.", f"Fill it or remove the row, or set {key} to another."
+                f"{self.where}: column {column!r} is null.",
+                f"Fill it or remove the row, or set {key} to another{_option(key)}.",
             )
         return self[column]
 
@@ -68,7 +69,7 @@ class Row(dict[str, Any]):
         if not isinstance(value, str):
             raise DataError(
                 f"{self.where}: column {column!r} holds {type(value).__name__} ({short(value)}), expected text.",
-                f"Write it as text, or set {key} to a column of text.",
+                f"Write it as text, or set {key} to a column of text{_option(key)}.",
             )
         return value
 
@@ -210,6 +211,12 @@ READERS: dict[str, Callable[[Source], Iterator[Row]]] = {
     "arrow": _arrow_rows,
     "hf": _saved_rows,
 }
+
+
+def _option(key: str) -> str:
+    """How a command line says the same as a setting such as ``text_column``."""
+    role, is_column, _ = key.partition("_column")
+    return f" (--column {role}=COLUMN)" if is_column else ""
 
 
 def short(value: Any) -> str:

@@ -55,8 +55,8 @@ def build_emulator(
     facts: FullModelFacts,
     held_out: Sequence[Batch] = (),
     on_progress: OnProgress | None = None,
-) -> Artifact:
-    """An emulator artefact for the triplet (N_a, α, β) of ``settings``.
+) -> tuple[Artifact, LossScore | None]:
+    """An emulator artefact for the triplet (N_a, α, β) of ``settings``, and its loss on held-out text.
 
     The artefact's raw tensors are the model's own, not copies.
 
@@ -68,21 +68,12 @@ def build_emulator(
         held_out: public batches on which the emulator's loss is measured.
         on_progress: hears of ``compress`` and ``measure emulator``.
 
+    Returns:
+        The artefact, and its loss block by block; None where no text is held out.
+
     Raises:
         ConfigError: :func:`check_triplet` refuses the settings.
     """
-    return measured_emulator(base, stage_one, settings, facts, held_out, on_progress)[0]
-
-
-def measured_emulator(
-    base: BaseModel,
-    stage_one: StageOne | None,
-    settings: EmulatorSettings,
-    facts: FullModelFacts,
-    held_out: Sequence[Batch] = (),
-    on_progress: OnProgress | None = None,
-) -> tuple[Artifact, LossScore | None]:
-    """What :func:`build_emulator` gives, and its loss block by block; None where no text is held out."""
     check_triplet(layer_count(base.model.config), settings)
     roles = choose_layers(layer_count(base.model.config), stage_one, settings)
     hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))

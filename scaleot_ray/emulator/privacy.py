@@ -19,7 +19,7 @@ from scaleot_ray.artifacts import Artifact
 from scaleot_ray.artifacts.manifest import EmulatorContent
 from scaleot_ray.config import EmulatorSettings
 from scaleot_ray.data.batches import Batch
-from scaleot_ray.emulator.build import FullModelFacts, measured_emulator, replaceable_layers
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator, replaceable_layers
 from scaleot_ray.emulator.layer_map import replaced_count
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError, DataError
@@ -131,7 +131,7 @@ def build_for_privacy(
     meter = ProgressMeter(f"privacy {settings.privacy}", len(ladder), on_progress)
     for alpha, beta in ladder:
         changed = settings.model_copy(update={"alpha": alpha, "beta": beta})
-        artifact, score = measured_emulator(base, stage_one, changed, facts, held_out, on_progress)
+        artifact, score = build_emulator(base, stage_one, changed, facts, held_out, on_progress)
         content = artifact.manifest.content
         assert isinstance(content, EmulatorContent)
         assert score is not None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from scaleot_ray.config import DataSettings, RunSettings
 from scaleot_ray.data import HoldOut, token_examples
-from scaleot_ray.data.sources import find_sources
-from scaleot_ray.errors import DataError
+from scaleot_ray.data.dataset_key import check_sources, dataset_key
 from scaleot_ray.families.tokenizer import read_tokenizer
 from scaleot_ray.stages.limits import check_context
 from scaleot_ray.stages.score import TestRows
@@ -24,14 +22,11 @@ def check_data(settings: RunSettings) -> None:
     Raises:
         DataError: one is missing or of no known format; names the key.
     """
-    datasets = {"public": settings.public}
+    datasets: dict[str, DataSettings | None] = {"public": settings.public}
     for index, tenant in enumerate(settings.tenants):
         datasets |= {f"tenants.{index}.train": tenant.train, f"tenants.{index}.test": tenant.test}
-        if tenant.validation is not None:
-            datasets[f"tenants.{index}.validation"] = tenant.validation
-    for key, data in datasets.items():
-        with _named(key):
-            find_sources(data)
+        datasets[f"tenants.{index}.validation"] = tenant.validation
+    check_sources(datasets)
 
 
 def check_rows(settings: RunSettings, context: int | None) -> None:
@@ -51,7 +46,7 @@ def check_rows(settings: RunSettings, context: int | None) -> None:
         own = tenant.tune is not None and "block_size" in tenant.tune.model_fields_set
         check_context(context, tune.block_size, f"tenants.{index}.tune.block_size" if own else "tune.block_size")
     tokenizer = read_tokenizer(settings.model.tokenizer or settings.model.path)
-    with _named("public"):
+    with dataset_key("public"):
         _make(token_examples(settings.public, tokenizer, settings.stage_one.block_size, "truncate"))
     limit = min(LOOKED_AT, settings.evaluate_examples or LOOKED_AT)  # rows that nobody reads may be wrong
     for index, (tenant, tune) in enumerate(zip(settings.tenants, tunes, strict=True)):
@@ -59,29 +54,17 @@ def check_rows(settings: RunSettings, context: int | None) -> None:
         held_out = None
         if tune.evaluate_every is not None and tenant.validation is None:
             held_out = HoldOut(tune.validation_fraction, tune.seed)
-        with _named(f"{key}.train"):
+        with dataset_key(f"{key}.train"):
             _make(token_examples(tenant.train, tokenizer, size, too_long, held_out.training if held_out else None))
             if held_out is not None:
                 TestRows(tenant.train, tokenizer, size, 1, too_long, part=held_out.validation)
-        with _named(f"{key}.test"):
+        with dataset_key(f"{key}.test"):
             TestRows(tenant.test, tokenizer, size, limit, too_long)
         if tenant.validation is not None:
-            with _named(f"{key}.validation"):
+            with dataset_key(f"{key}.validation"):
                 TestRows(tenant.validation, tokenizer, size, limit, too_long)
 
 
 def _make(examples: Iterable[object]) -> None:
     for _ in itertools.islice(examples, LOOKED_AT):
         pass
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Puts the dataset's key in front of an error."""
-    try:
-        yield
-    except DataError as error:
-        field = error.problem.partition(":")[0]
-        raise DataError(
-            f"{key}{'.' if field in DataSettings.model_fields else ': '}{error.problem}", error.remedy
-        ) from None

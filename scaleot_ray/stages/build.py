@@ -17,6 +17,7 @@ from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
 from scaleot_ray.artifacts.provenance import licence_notice, model_name
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
+from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator, check_triplet, replaceable_layers
 from scaleot_ray.emulator.layer_replace import train_stage_one
 from scaleot_ray.emulator.privacy import build_for_privacy, check_held_out
@@ -101,7 +102,7 @@ def build(
             version=__version__,
             model=base.digest,
             tokenizer=base.tokenizer_digest,
-            public=data_digest(public),
+            public=data_digest(public, "public"),
             stage_one=stage_one.decisive(),
         )
         folder = cache / key[:16] if cache is not None else None
@@ -114,7 +115,8 @@ def build(
             return BuildResult(output, found[0].manifest, True, seconds | {"stage_one": 0.0, "emulator": 0.0}, found[1])
     if output.exists() and not overwrite:
         raise ConfigError(f"output: {output} holds something else already.", "Give another folder, or --overwrite.")
-    text = read_public_text(public, base, stage_one)
+    with dataset_key("public"):
+        text = read_public_text(public, base, stage_one)
     if emulator.privacy is not None:
         check_held_out(text.held_out, emulator)  # this too before stage 1
     with _timed(seconds, "stage_one"):
@@ -125,7 +127,7 @@ def build(
         facts = FullModelFacts(base.digest, _full_score(base, text, folder, on_progress))
         reached = None
         if emulator.privacy is None:
-            artifact = build_emulator(base, result, emulator, facts, text.held_out, on_progress)
+            artifact, _ = build_emulator(base, result, emulator, facts, text.held_out, on_progress)
         else:
             chosen = build_for_privacy(base, result, emulator, facts, text.held_out, on_progress)
             artifact, reached = chosen.artifact, chosen.as_json()

@@ -12,6 +12,7 @@ from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.config import DataSettings, TuneSettings
+from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.assemble import assemble, emulator_content
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.evaluation.score import Score
@@ -210,7 +211,8 @@ class _Evaluation:
             assert self.emulator is not None
             tokenizer = load_tokenizer(self.emulator.files)
         too_long = self.tune.too_long if self.tune is not None else "error"
-        return TestRows(self.test, tokenizer, self.block_size, self.limit, too_long, self.batch_size)
+        with dataset_key("test"):
+            return TestRows(self.test, tokenizer, self.block_size, self.limit, too_long, self.batch_size)
 
     def _model(self, row: str) -> Any:
         if row.startswith("emulator"):
@@ -226,16 +228,16 @@ class _Evaluation:
                 list(emulator_content(emulator.manifest).plug_in_positions) if row == "full_tuned" else emulator.digest
             ),
             "delta": lambda delta: delta.digest,
-            "train": data_digest,
+            "train": lambda train: data_digest(train, "train"),
             "tune": lambda tune: tune.decisive(),
         }
         validation = {}
         if row == "full_tuned" and self.validation is not None:
-            validation = {"validation": data_digest(self.validation)}
+            validation = {"validation": data_digest(self.validation, "validation")}
         return identity(
             version=__version__,
             row=row,
-            test=data_digest(self.test),
+            test=data_digest(self.test, "test"),
             limit=self.limit,
             block_size=self.block_size,
             too_long=self.tune.too_long if self.tune is not None else "error",

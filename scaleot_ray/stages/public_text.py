@@ -46,7 +46,7 @@ def read_public_text(public: DataSettings, base: BaseModel, settings: StageOneSe
     count = sum(1 for _ in itertools.islice(examples, _LOOKED_AT))
     if count < 2:
         raise DataError(
-            f"public: {public.path} gives one sequence of {settings.block_size} tokens; at least two are needed, "
+            f"{public.path} gives one sequence of {settings.block_size} tokens; at least two are needed, "
             "one to train on and one to measure on.",
             "Give more public text, or lower stage_one.block_size.",
         )

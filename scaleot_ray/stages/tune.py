@@ -18,6 +18,7 @@ from scaleot_ray.artifacts.manifest import EmulatorContent, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data import HoldOut, TokenBatches, padding_id, token_examples
+from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.assemble import assemble, emulator_content
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.families import Family, family_of
@@ -107,10 +108,10 @@ def tune_emulator(
         version=__version__,
         emulator=emulator.digest,
         tune=tune.decisive(),
-        train=data_digest(train),
-        test=data_digest(test) if test is not None else None,
+        train=data_digest(train, "train"),
+        test=data_digest(test, "test") if test is not None else None,
         evaluate_examples=evaluate_examples,
-        **({"validation": data_digest(validation)} if validation is not None else {}),
+        **({"validation": data_digest(validation, "validation")} if validation is not None else {}),
     )
     if resume and (finished := _finished(output, key)) is not None:
         if audit is not None:
@@ -128,7 +129,8 @@ def tune_emulator(
     check_delta_size(emulator.manifest, family, tune)
     rows = None
     if test is not None:
-        rows = TestRows(test, tokenizer, tune.block_size, evaluate_examples, tune.too_long)
+        with dataset_key("test"):
+            rows = TestRows(test, tokenizer, tune.block_size, evaluate_examples, tune.too_long)
     values: dict[str, float] = {}
     if rows is not None:
         values |= numbers(rows.score(model, f"emulator zero shot {name}", on_progress), "emulator_zero_shot")
@@ -192,14 +194,16 @@ def tune_layers(
     if settings.evaluate_every is not None and validation is None:
         hold_out = HoldOut(settings.validation_fraction, settings.seed)
     block_size, too_long = settings.block_size, settings.too_long
-    examples = token_examples(train, tokenizer, block_size, too_long, hold_out.training if hold_out else None)
+    with dataset_key("train"):
+        examples = token_examples(train, tokenizer, block_size, too_long, hold_out.training if hold_out else None)
     batches = TokenBatches(
         examples, settings.batch_size, padding_id(tokenizer), settings.seed, vocab_size=vocabulary_size(model)
     )
     evaluate: Callable[[], float] | None = None
     if settings.evaluate_every is not None:
         part = hold_out.validation if hold_out else None
-        rows = TestRows(validation or train, tokenizer, block_size, evaluate_examples, too_long, part=part)
+        with dataset_key("validation" if validation is not None else "train"):
+            rows = TestRows(validation or train, tokenizer, block_size, evaluate_examples, too_long, part=part)
         evaluate = lambda: rows.loss(model)  # noqa: E731
     return tune(
         model,

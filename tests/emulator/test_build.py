@@ -37,6 +37,10 @@ def _settings(**changes):
     return EmulatorSettings(**{"plug_in_layers": 2, "alpha": 0.5, "beta": 0.5, "compression": "svd", **changes})
 
 
+def emulator_artifact(*arguments):
+    return build_emulator(*arguments)[0]
+
+
 @torch.no_grad()
 def _logits(model):
     return model(input_ids=tiny_tokens()).logits
@@ -46,7 +50,7 @@ def _logits(model):
 def test_nothing_replaced_and_nothing_compressed_is_the_model_exactly(name, tmp_path):
     base = _base(name)
     settings = _settings(alpha=0, beta=0, allow_unprotected=True)
-    artifact = build_emulator(base, None, settings, FACTS)
+    artifact = emulator_artifact(base, None, settings, FACTS)
     write_artifact(artifact, tmp_path / "emulator")
     emulator = assemble(read_artifact(tmp_path / "emulator", "emulator"))
     assert torch.equal(_logits(emulator), _logits(base.model))
@@ -56,7 +60,7 @@ def test_nothing_replaced_and_nothing_compressed_is_the_model_exactly(name, tmp_
 @pytest.mark.parametrize("name", list(TINY))
 def test_every_family_survives_the_disk_with_layers_replaced_and_compressed(name, tmp_path):
     base = _base(name)
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS, STREAM.fixed(2))
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS, STREAM.fixed(2))
     built = assemble(artifact)
     write_artifact(artifact, tmp_path / "emulator")
     read = assemble(read_artifact(tmp_path / "emulator", "emulator"))
@@ -74,10 +78,10 @@ def test_every_family_survives_the_disk_with_layers_replaced_and_compressed(name
 def test_factors_give_what_their_products_give(name, beta):
     base = _base(name)
     stage_one = _stage_one(base)
-    artifact = build_emulator(base, stage_one, _settings(beta=beta), FACTS)
+    artifact = emulator_artifact(base, stage_one, _settings(beta=beta), FACTS)
     factored = any(name.endswith(".down") for name in artifact.tensors)
     assert factored == (beta >= 0.5), "factors are stored where they have no more numbers than their product"
-    plain = assemble(build_emulator(base, stage_one, _settings(beta=0), FACTS))
+    plain = assemble(emulator_artifact(base, stage_one, _settings(beta=0), FACTS))
     for index in positions(artifact.manifest.content.layer_map, LayerRole.KEPT):
         for projection in base.family.attention:
             module = base.family.layers(plain)[index].get_submodule(projection.path)
@@ -94,7 +98,7 @@ def test_factors_give_what_their_products_give(name, beta):
 
 def test_a_square_matrix_is_stored_as_factors_at_half_its_rank():
     base = _base("opt")  # query, key, value and output are all 32 × 32
-    artifact = build_emulator(base, _stage_one(base), _settings(beta=0.5), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(beta=0.5), FACTS)
     kept = positions(artifact.manifest.content.layer_map, LayerRole.KEPT)
     assert kept
     for index in kept:
@@ -108,14 +112,14 @@ def test_a_square_matrix_is_stored_as_factors_at_half_its_rank():
         dense_weight(base.family.layers(base.model)[0].get_submodule(p.path)).numel() for p in base.family.attention
     )
     content = artifact.manifest.content
-    uncompressed = build_emulator(base, _stage_one(base), _settings(beta=0), FACTS).manifest.content
+    uncompressed = emulator_artifact(base, _stage_one(base), _settings(beta=0), FACTS).manifest.content
     assert content.verbatim_parameters == uncompressed.verbatim_parameters - whole * len(kept)
     check_crossing(artifact)
 
 
 def test_plug_in_layers_and_everything_outside_layers_leave_as_they_are():
     base = _base()
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
     raw = dict(base.model.named_parameters())
     for name in raw:
         inside = name.startswith("model.layers.")
@@ -125,7 +129,7 @@ def test_plug_in_layers_and_everything_outside_layers_leave_as_they_are():
 
 def test_no_raw_weight_of_a_replaced_layer_leaves():
     base = _base()
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
     for index in positions(artifact.manifest.content.layer_map, LayerRole.REPLACED):
         prefix = base.family.layer_prefix(index)
         names = {name[len(prefix) :] for name in artifact.tensors if name.startswith(prefix)}
@@ -134,7 +138,7 @@ def test_no_raw_weight_of_a_replaced_layer_leaves():
 
 def test_the_verbatim_share_counts_what_left_unchanged():
     base = _base()
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
     raw = dict(base.model.named_parameters())
     same = sum(
         tensor.numel() for name, tensor in artifact.tensors.items() if name in raw and torch.equal(tensor, raw[name])
@@ -151,7 +155,7 @@ def test_one_stage_one_result_serves_every_triplet_and_layout():
         for layout in ("ends", "spread"):
             for alpha in (0.3, 0.5, 0.75):
                 settings = _settings(plug_in_layers=count, layout=layout, alpha=alpha)
-                content = build_emulator(base, stage_one, settings, FACTS).manifest.content
+                content = emulator_artifact(base, stage_one, settings, FACTS).manifest.content
                 assert content.layer_map.count("plug_in") == count
                 assert content.layer_map.count("replaced") == math.ceil(alpha * (8 - count))
 
@@ -168,7 +172,7 @@ def test_uniform_drop_keeps_evenly_spaced_layers():
     roles = choose_layers(30, None, _settings(plug_in_layers=4, builder="uniform_drop"))
     assert positions(roles, LayerRole.DROPPED) == (3, 5, 7, 9, 11, 13, 15, 16, 18, 20, 22, 24, 26)
     base = _base()
-    content = build_emulator(base, None, _settings(builder="uniform_drop"), FACTS).manifest.content
+    content = emulator_artifact(base, None, _settings(builder="uniform_drop"), FACTS).manifest.content
     assert content.layer_map == ["plug_in", "kept", "dropped", "kept", "dropped", "dropped", "kept", "plug_in"]
 
 
@@ -176,19 +180,19 @@ def test_uniform_drop_keeps_evenly_spaced_layers():
 def test_settings_that_hide_nothing_are_refused_by_name(changes):
     base = _base()
     with pytest.raises(ConfigError, match=r"emulator\.alpha.*\n.*Raise emulator.alpha"):
-        build_emulator(base, _stage_one(base), _settings(**changes), FACTS)
+        emulator_artifact(base, _stage_one(base), _settings(**changes), FACTS)
 
 
 def test_an_unprotected_emulator_is_built_on_request_and_never_sent():
     base = _base()
-    artifact = build_emulator(base, None, _settings(alpha=0, allow_unprotected=True), FACTS)
+    artifact = emulator_artifact(base, None, _settings(alpha=0, allow_unprotected=True), FACTS)
     with pytest.raises(ArtifactRefused, match="protect"):
         check_crossing(artifact)
 
 
 def test_a_manifest_that_lies_about_protection_is_still_not_sent():
     base = _base()
-    artifact = build_emulator(base, None, _settings(alpha=0, allow_unprotected=True), FACTS)
+    artifact = emulator_artifact(base, None, _settings(alpha=0, allow_unprotected=True), FACTS)
     content = artifact.manifest.content.model_copy(update={"protected": True})
     artifact.manifest = artifact.manifest.model_copy(update={"content": content})
     with pytest.raises(ArtifactRefused):
@@ -197,7 +201,7 @@ def test_a_manifest_that_lies_about_protection_is_still_not_sent():
 
 def test_a_missing_tensor_is_named_when_assembling():
     base = _base()
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
     del artifact.tensors["model.norm.weight"]
     with pytest.raises(ArtifactRefused, match=r"model\.norm\.weight"):
         assemble(artifact)
@@ -205,7 +209,7 @@ def test_a_missing_tensor_is_named_when_assembling():
 
 def test_the_card_and_the_tokenizer_travel_along():
     base = _base()
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
     assert "Apache-2.0" in artifact.files["README.md"].decode()
     assert json.loads(artifact.files["tokenizer.json"])
 
@@ -214,7 +218,7 @@ def test_the_manifest_says_how_it_was_learnt_and_compressed():
     base = _base()
 
     def said(stage_one, **changes):
-        artifact = build_emulator(base, stage_one, _settings(**changes), FACTS)
+        artifact = emulator_artifact(base, stage_one, _settings(**changes), FACTS)
         return artifact.manifest.content, artifact.files["README.md"].decode()
 
     paper = _stage_one(base, start="random", objective="lm")
@@ -242,8 +246,8 @@ def test_activation_aware_compression_loses_less_on_public_text(name):
     def error(compression):
         # Attention is what is compared, so harmonizers stay out: a third of the layers is replaced in both.
         settings = _settings(alpha=0.3, beta=0.8, compression=compression)
-        emulator = assemble(build_emulator(base, stage_one, settings, FACTS))
-        plain = assemble(build_emulator(base, stage_one, _settings(alpha=0.3, beta=0), FACTS))
+        emulator = assemble(emulator_artifact(base, stage_one, settings, FACTS))
+        plain = assemble(emulator_artifact(base, stage_one, _settings(alpha=0.3, beta=0), FACTS))
         with torch.no_grad():
             return (emulator(input_ids=tokens).logits - plain(input_ids=tokens).logits).square().mean()
 
@@ -256,17 +260,19 @@ def test_a_saved_stage_one_result_builds_the_same_emulator(tmp_path):
     stage_one.save(tmp_path / "stage_one.safetensors")
     loaded, _ = StageOne.load(tmp_path / "stage_one.safetensors")
     settings = _settings(compression="activation_aware")
-    built = build_emulator(base, stage_one, settings, FACTS)
-    again = build_emulator(base, loaded, settings, FACTS)
+    built = emulator_artifact(base, stage_one, settings, FACTS)
+    again = emulator_artifact(base, loaded, settings, FACTS)
     assert built.digest == again.digest
-    assert built.digest != build_emulator(base, loaded, _settings(compression="svd"), FACTS).digest
+    assert built.digest != emulator_artifact(base, loaded, _settings(compression="svd"), FACTS).digest
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_types_get_emulators_of_their_type(dtype):
     base = _base()
     base.model.to(dtype)
-    artifact = build_emulator(base, _stage_one(base), _settings(compression="activation_aware"), FACTS, STREAM.fixed(2))
+    artifact = emulator_artifact(
+        base, _stage_one(base), _settings(compression="activation_aware"), FACTS, STREAM.fixed(2)
+    )
     assert {tensor.dtype for tensor in artifact.tensors.values()} == {dtype}
     assert _logits(assemble(artifact)).dtype == dtype
     assert artifact.manifest.content.emulator_loss is not None
@@ -274,7 +280,7 @@ def test_models_of_other_types_get_emulators_of_their_type(dtype):
 
 def test_a_sender_does_not_choose_the_receivers_attention_code():
     base = _base()
-    artifact = build_emulator(base, _stage_one(base), _settings(), FACTS)
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
     config = {**artifact.manifest.model_config_json, "attn_implementation": "somebody/kernel", "auto_map": {"x": "y"}}
     artifact.manifest = artifact.manifest.model_copy(update={"model_config_json": config})
     assert torch.isfinite(_logits(assemble(artifact))).all()

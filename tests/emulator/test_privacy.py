@@ -67,7 +67,7 @@ def measured(alpha: float, beta: float) -> EmulatorContent:
     """What the emulator of one rung says of itself."""
     base, stage_one, facts, held_out = owner()
     settings = SETTINGS.model_copy(update={"alpha": alpha, "beta": beta})
-    content = build_emulator(base, stage_one, settings, facts, held_out).manifest.content
+    content = build_emulator(base, stage_one, settings, facts, held_out)[0].manifest.content
     assert isinstance(content, EmulatorContent)
     return content
 

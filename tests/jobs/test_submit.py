@@ -51,6 +51,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "emulator": emulator,
             "delta": str(folder / "tuned" / "delta"),
             "test": {"path": str(folder / "alice-test.jsonl")},
+            "folder": str(folder / "rows"),
             **BLOCK,
         },
         "plug_in": {

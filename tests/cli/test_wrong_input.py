@@ -1,0 +1,140 @@
+"""Bad inputs deep in the work end as short errors too, and nothing is left half-written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.cli.command import Warm
+from tests.cli.conftest import BUILD, TUNE, write_rows
+
+
+def test_corrupted_artefact(place: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(place / "emulator", tmp_path / "emulator")
+    data = bytearray((tmp_path / "emulator" / "tensors.safetensors").read_bytes())
+    data[-5] ^= 255
+    (tmp_path / "emulator" / "tensors.safetensors").write_bytes(data)
+    shutil.copy(place / "train.jsonl", tmp_path)
+    for arguments in (
+        ["inspect", "emulator"],
+        ["tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "tuned"],
+    ):
+        done = warm.scaleot(*arguments, "--format", "json", cwd=tmp_path)
+        assert done.code == 3
+        assert done.error["type"] == "ArtifactRefused"
+        assert "tensor" in done.error["message"]
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["audit.jsonl"]  # which says so
+
+
+def test_truncated_artefact(place: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(place / "tuned" / "delta", tmp_path / "delta")
+    path = tmp_path / "delta" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = warm.scaleot("inspect", "delta", "--format", "json", cwd=tmp_path)
+    assert done.code == 3
+    assert "tensors.safetensors" in done.error["message"]
+
+
+def test_artefact_of_another_kind(place: Path, warm: Warm) -> None:
+    done = warm.scaleot("tune", "--emulator", "tuned/delta", "--train", "train.jsonl", "--output", "x", cwd=place)
+    assert done.code == 3
+    assert "emulator" in done.err
+
+
+def test_missing_data(place: Path, warm: Warm) -> None:
+    done = warm.scaleot(
+        "tune",
+        "--emulator",
+        "emulator",
+        "--train",
+        "none.jsonl",
+        "--output",
+        "untouched",
+        "--format",
+        "json",
+        cwd=place,
+    )
+    assert (done.code, done.error["type"]) == (2, "DataError")
+    assert done.error["message"].startswith("train.path: none.jsonl does not exist")
+    assert not (place / "untouched").exists()
+
+
+def test_missing_public_text(place: Path, warm: Warm) -> None:
+    arguments = ["build", "--model", "model", "--public", "none.jsonl", "--output", "untouched", *BUILD]
+    done = warm.scaleot(*arguments, "--format", "json", cwd=place)
+    assert (done.code, done.error["type"]) == (2, "DataError")
+    assert done.error["message"].startswith("public.path: none.jsonl does not exist")
+    assert not (place / "untouched").exists()
+
+
+def test_wrong_column(place: Path, warm: Warm) -> None:
+    done = warm.scaleot(
+        *("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", "--column", "text=body"),
+        *("--format", "json", *TUNE),
+        cwd=place,
+    )
+    assert (done.code, done.error["type"]) == (2, "DataError")
+    assert "'body'" in done.error["message"]
+    assert "'text'" in done.error["message"]
+    assert done.error["message"].startswith("train: ")
+    assert "train.jsonl, line 1: there is no column 'body'" in done.error["message"]
+    assert done.error["remedy"] == "Set text_column to one of these (--column text=COLUMN)."
+
+
+def test_empty_data(place: Path, tmp_path: Path, warm: Warm) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    done = warm.scaleot(
+        "tune", "--emulator", "emulator", "--train", tmp_path / "empty.jsonl", "--output", "x", *TUNE, cwd=place
+    )
+    assert done.code == 2
+    assert "empty" in done.err
+
+
+def test_wrong_label(place: Path, tmp_path: Path, warm: Warm) -> None:
+    write_rows(tmp_path / "c.jsonl", [{"prompt": "one", "choices": ["a", "b"], "label": 7}])
+    done = warm.scaleot(
+        "eval",
+        "--model",
+        "model",
+        "--test",
+        tmp_path / "c.jsonl",
+        "--task",
+        "choice",
+        *("--set", "block_size=32"),
+        cwd=place,
+    )
+    assert done.code == 2
+    assert "label 7" in done.err
+
+
+def test_missing_model(place: Path, warm: Warm) -> None:
+    done = warm.scaleot("eval", "--model", "./no-model", "--test", "test.jsonl", "--format", "json", cwd=place)
+    assert done.code == 2
+    assert "no-model" in done.error["message"]
+
+
+def test_too_many_plug_in_layers(place: Path, warm: Warm) -> None:
+    done = warm.scaleot(
+        *("build", "--model", "model", "--public", "public.jsonl", "--output", "untouched", "--plug-in-layers", 8),
+        *(*BUILD, "--format", "json"),
+        cwd=place,
+    )
+    assert done.code == 2
+    assert "plug_in_layers" in done.error["message"]
+    assert not (place / "untouched").exists()
+
+
+def test_an_emulator_that_hides_nothing(place: Path, warm: Warm) -> None:
+    done = warm.scaleot(
+        *("build", "--model", "model", "--public", "public.jsonl", "--output", "x", "--alpha", 0),
+        *("--cache", "emulator-cache", *BUILD),
+        cwd=place,
+    )
+    assert done.code == 2
+    assert "emulator.alpha" in done.err
+
+
+def test_blocks_longer_than_the_context(place: Path, warm: Warm) -> None:
+    done = warm.scaleot("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", cwd=place)
+    assert done.code == 2
+    assert "tune.block_size" in done.err
