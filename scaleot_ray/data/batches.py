@@ -69,16 +69,24 @@ class TokenBatches:
         while True:
             yield _side_by_side(list(itertools.islice(stream, self.batch_size)), self.pad_id)
 
+    def prepare(self, batches: int) -> None:
+        """Makes all examples that the first ``batches`` will need, so that a faulty row shows before work begins.
+
+        Raises:
+            DataError: as :meth:`batches` does.
+        """
+        held, source = self._begin()
+        more = sum(1 for _ in itertools.islice(source, batches * self.batch_size))
+        if not more and next(source, None) is None:
+            self._held = held
+
     def _stream(self) -> Iterator[_Packed]:
         for epoch in itertools.count():
             order = random.Random(f"{self.seed} {epoch}")
             yield from self._read(order) if self._held is None else self._shuffled(self._held, order)
 
     def _read(self, order: random.Random) -> Iterator[_Packed]:
-        source = (_pack(example, self.vocab_size) for example in self._examples)
-        held = list(itertools.islice(source, self._buffer))
-        if not held:
-            raise DataError("The dataset gives no example to train on.", "Give a dataset with at least one row.")
+        held, source = self._begin()
         following = next(source, None)
         if following is None:
             self._held = held
@@ -91,6 +99,14 @@ class TokenBatches:
         if following is not None and not self._shuffle:
             yield following
             yield from source
+
+    def _begin(self) -> tuple[list[_Packed], Iterator[_Packed]]:
+        """What fits into the buffer, and the examples after that."""
+        source = (_pack(example, self.vocab_size) for example in self._examples)
+        held = list(itertools.islice(source, self._buffer))
+        if not held:
+            raise DataError("The dataset gives no example to train on.", "Give a dataset with at least one row.")
+        return held, source
 
     def _shuffled(self, held: Sequence[_Packed], order: random.Random) -> Iterator[_Packed]:
         indices = list(range(len(held)))

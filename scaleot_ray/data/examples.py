@@ -189,25 +189,46 @@ def _pairs(encoder: Encoder, prompt: str, texts: list[str], where: str) -> tuple
 def _cut(context: list[int], room: int, too_long: TooLong, where: str, block_size: int) -> list[int]:
     if len(context) <= room:
         return context
-    if too_long == "error":
-        raise DataError(
-            f"{where}: prompt and answer have {block_size - room + len(context)} tokens, block_size is {block_size}.",
-            "Raise block_size, shorten the row, or set too_long to truncate to cut the prompt's start.",
-        )
+    _refuse_too_long(block_size - room + len(context), too_long, where, block_size)
     if room < 1:
-        raise DataError(
-            f"{where}: the answer alone has {block_size - room} tokens, which leaves no room for the prompt "
-            f"(block_size is {block_size}).",
-            "Raise block_size or shorten the row.",
-        )
+        raise _answer_too_long(block_size - room, where, block_size)
     return context[-room:]
 
 
+def _refuse_too_long(tokens: int, too_long: TooLong, where: str, block_size: int) -> None:
+    if too_long == "error":
+        raise DataError(
+            f"{where}: prompt and answer have {tokens} tokens, block_size is {block_size}.",
+            "Raise block_size, shorten the row, or set too_long to truncate to cut the start.",
+        )
+
+
+def _answer_too_long(tokens: int, where: str, block_size: int) -> DataError:
+    return DataError(
+        f"{where}: the answer alone has {tokens} tokens, which leaves no room for the prompt "
+        f"(block_size is {block_size}).",
+        "Raise block_size or shorten the row.",
+    )
+
+
+def _ending(ids: list[int], labels: list[int], block_size: int, where: str) -> tuple[list[int], list[int]]:
+    """The last ``block_size`` tokens up to the end of the last answer; an answer cut at its start is not learned."""
+    end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=len(ids))
+    start = max(0, end - block_size)
+    kept, learned = ids[start:end], labels[start:end]
+    if start and learned[0] != IGNORED:
+        cut = next((index for index, label in enumerate(learned) if label == IGNORED), len(learned))
+        learned[:cut] = [IGNORED] * cut
+        if all(label == IGNORED for label in learned):
+            begin = max((index + 1 for index in range(start) if labels[index] == IGNORED), default=0)
+            raise _answer_too_long(end - begin, where, block_size)
+    return kept, learned
+
+
 def _fit(ids: list[int], labels: list[int], block_size: int, too_long: TooLong, where: str) -> TokenExample:
-    first = next((index for index, label in enumerate(labels) if label != IGNORED), len(ids))
     if len(ids) > block_size:
-        kept = _cut(ids[:first], block_size - (len(ids) - first), too_long, where, block_size)
-        ids, labels = kept + ids[first:], [IGNORED] * len(kept) + labels[first:]
+        _refuse_too_long(len(ids), too_long, where, block_size)
+        ids, labels = _ending(ids, labels, block_size, where)
     if all(label == IGNORED for label in labels[1:]):
         raise DataError(f"{where}: no token counts for the loss.", "Fill the row's answer, or remove the row.")
     return TokenExample(ids, labels)

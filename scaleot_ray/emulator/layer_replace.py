@@ -184,6 +184,14 @@ class _Trainer:
         for index in self.positions:
             switchboard.set({index})
             damage.append(distillation_loss(self._logits(batch)[real], teacher[real]).item())
+            if not math.isfinite(damage[-1]):
+                cause = f"the output is {damage[-1]} with layer {index} replaced"
+                if not teacher.isfinite().all():
+                    cause = "the model's own output is not finite"
+                raise RunFailed(
+                    f"stage 1: {cause}, before anything was trained.",
+                    "Load the model in float32 or bfloat16 (model.dtype), or raise stage_one.ridge.",
+                )
             meter.advance(tokens=batch["input_ids"].numel())
         return damage
 

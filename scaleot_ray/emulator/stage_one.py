@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from scaleot_ray.checkpoints import NO_ROOM, read_header, read_state, write_state
+from scaleot_ray.checkpoints import read_header, read_state, write_state
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.harmonizer import Harmonizer
-from scaleot_ray.errors import ResourcesMissing, RunFailed
+from scaleot_ray.errors import NO_ROOM, ResourcesMissing, RunFailed
 from scaleot_ray.families import Family
 
 Moments = dict[int, dict[str, torch.Tensor]]

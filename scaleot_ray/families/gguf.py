@@ -28,7 +28,8 @@ def gguf_metadata(path: Path) -> dict[str, Value]:
     Arrays, such as the vocabulary, are stepped over; how many items they have stands under ``KEY.length``.
 
     Raises:
-        ConfigError: the file is no GGUF file of version 2 or 3, or ends before its last tensor does.
+        ConfigError: the file is no GGUF file of version 2 or 3, ends before its last tensor does, or scales
+            rotary positions, which transformers leaves out when it reads GGUF: the model would be another.
     """
     remedy = "Give a complete .gguf file (download it again), or a Hugging Face directory."
     with path.open("rb") as file:
@@ -37,13 +38,21 @@ def gguf_metadata(path: Path) -> dict[str, Value]:
                 if data[:4] != b"GGUF" or struct.unpack_from("<I", data, 4)[0] not in (2, 3):
                     raise ConfigError(f"model.path: {path} is no GGUF file of version 2 or 3.", remedy)
                 values, at = _entries(data)
-                missing = _tensors_end(data, at, int(values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
-                missing -= len(data)
+                alignment = int(values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+                names, end = _tensors(data, at, alignment)
+                missing = end - len(data)
         # mmap refuses an empty file with ValueError; struct says when the data ends too early.
         except (struct.error, ValueError, KeyError):
             raise ConfigError(f"model.path: {path} is cut short or damaged: its header ends early.", remedy) from None
     if missing > 0:
         raise ConfigError(f"model.path: {path} is cut short: {missing} bytes of its tensors are missing.", remedy)
+    scaling = values.get(f"{values.get('general.architecture')}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in names:
+        raise ConfigError(
+            f"model.path: {path} scales its rotary positions "
+            f"({'rope_freqs.weight' if scaling == 'none' else scaling}), which cannot be read from GGUF.",
+            "Give the model's Hugging Face directory.",
+        )
     return values
 
 
@@ -66,19 +75,20 @@ def _entries(data: mmap.mmap) -> tuple[dict[str, Value], int]:
     return values, at
 
 
-def _tensors_end(data: mmap.mmap, at: int, alignment: int) -> int:
-    """Offset of the first byte after the last tensor, from the tensor table that begins at ``at``."""
+def _tensors(data: mmap.mmap, at: int, alignment: int) -> tuple[set[str], int]:
+    """From the tensor table that begins at ``at``: names, and the offset of the first byte after the last tensor."""
     (count,) = struct.unpack_from("<Q", data, 8)
-    end = 0
+    names, end = set(), 0
     for _ in range(count):
-        _, at = _string(data, at)
+        name, at = _string(data, at)
+        names.add(name)
         (dimensions,) = struct.unpack_from("<I", data, at)
         shape = struct.unpack_from(f"<{dimensions}Q", data, at + 4)
         kind, offset = struct.unpack_from("<IQ", data, at + 4 + 8 * dimensions)
         at += 16 + 8 * dimensions
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         end = max(end, offset + prod(shape) // block * size)
-    return -(-at // alignment) * alignment + end
+    return names, -(-at // alignment) * alignment + end
 
 
 def _string(data: mmap.mmap, at: int) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from scaleot_ray.config import ModelSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing, UnsupportedArchitectureError
 from scaleot_ray.families import family_of
-from scaleot_ray.families.family import Family
+from scaleot_ray.families.family import Family, text_config
 from scaleot_ray.families.gguf import gguf_metadata
 from scaleot_ray.families.sources import UNKNOWN_LICENCE, directory_licence, resolve_source
 from scaleot_ray.families.tokenizer import load_tokenizer, read_tokenizer, tokenizer_files
@@ -190,6 +190,9 @@ def _frozen(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.use_cache = False
+    # transformers leaves a head of its own untied, whatever the config says; an emulator ties by the config.
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    text_config(model.config).tie_word_embeddings = head is not None and head.weight is embedding.weight
     # The owner's path would travel inside every manifest.
     model.config._name_or_path = ""
     return model.eval().requires_grad_(False)
@@ -242,12 +245,14 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError:
         resolved = torch.device("meta")
+    where = "device (--device; the full model's in a file: model.device)"
     if resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"model.device: {device!r} is no device.", "Use auto, cpu, cuda, or cuda:N.")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {device!r} is no device.", f"Set {where} to auto, cpu, cuda or cuda:N.")
+    seen = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= seen:
+        others = f"or a GPU up to cuda:{seen - 1}" if seen else "or install a PyTorch with CUDA and a driver that fit"
         raise ResourcesMissing(
-            f"model.device: {device} is asked for, PyTorch sees {torch.cuda.device_count()} GPUs.",
-            "Set model.device to auto or cpu, or install a PyTorch with CUDA and a driver that fit together.",
+            f"device: {device} is asked for, PyTorch sees {seen} GPUs.", f"Set {where} to auto or cpu, {others}."
         )
     return resolved
 

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from scaleot_ray.checkpoints import NO_ROOM
-from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.errors import NO_ROOM, ConfigError, ResourcesMissing
 
 
 def write_record(path: Path, values: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,9 @@ def tune_emulator(
     write_record(output / RECORD, {**record, "validation": history.evaluations, "steps": history.steps})
     write_artifact(artifact, output / "delta", overwrite=overwrite)
     write_artifact(metrics, output / "metrics", overwrite=overwrite)
-    shutil.rmtree(output / "checkpoint", ignore_errors=True)
+    checkpoint.unlink(missing_ok=True)
+    with suppress(OSError):  # checkpoints of other tunings that were interrupted stay
+        checkpoint.parent.rmdir()
     return TuneResult(output, artifact, values, seconds, history.evaluations, history.steps)
 
 
@@ -199,6 +201,8 @@ def tune_layers(
     batches = TokenBatches(
         examples, settings.batch_size, padding_id(tokenizer), settings.seed, vocab_size=vocabulary_size(model)
     )
+    with dataset_key("train"):
+        batches.prepare(settings.steps * settings.accumulate)
     evaluate: Callable[[], float] | None = None
     if settings.evaluate_every is not None:
         part = hold_out.validation if hold_out else None

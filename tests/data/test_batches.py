@@ -41,6 +41,20 @@ def numbers(batches: list[Batch]) -> list[int]:
     return [int(number) - 1 for batch in batches for number in batch["input_ids"][:, 0]]
 
 
+class Faulty(Counted):
+    """The same, but that one example cannot be made."""
+
+    def __init__(self, count: int, fault: int) -> None:
+        super().__init__(count)
+        self.fault = fault
+
+    def __iter__(self) -> Iterator[TokenExample]:
+        for number, example in enumerate(super().__iter__()):
+            if number == self.fault:
+                raise DataError(f"row {number} is broken.", "Mend it.")
+            yield example
+
+
 BUFFERS = [100, 4]  # the dataset fits; it streams through a small buffer
 
 
@@ -132,3 +146,34 @@ def test_padding_id() -> None:
     assert padding_id(tokenizer) == tokenizer.pad_token_id
     tokenizer.pad_token = None
     assert padding_id(tokenizer) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_preparing_changes_no_batch(buffer: int, shuffle: bool) -> None:
+    def made() -> TokenBatches:
+        return TokenBatches(Counted(10), 4, 0, 3, shuffle=shuffle, shuffle_buffer=buffer)
+
+    for count in (0, 1, 2, 9):
+        prepared = made()
+        prepared.prepare(count)
+        assert same(first(prepared, 12), first(made(), 12))
+
+
+def test_a_faulty_example_shows_before_it_is_needed() -> None:
+    # The first three batches of two draw from 4 + 6 examples.
+    batches = TokenBatches(Faulty(20, fault=9), 2, 0, 3, shuffle_buffer=4)
+    batches.prepare(2)
+    assert len(first(batches, 2)) == 2
+    with pytest.raises(DataError, match="row 9 is broken"):
+        batches.prepare(3)
+    with pytest.raises(DataError, match="no example to train on"):
+        TokenBatches(Counted(0), 2, 0, 3).prepare(1)
+
+
+def test_what_fits_is_made_once() -> None:
+    examples = Counted(10)
+    batches = TokenBatches(examples, 4, 0, 3)
+    batches.prepare(5)
+    first(batches, 12)
+    assert examples.passes == 1

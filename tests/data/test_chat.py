@@ -93,6 +93,17 @@ def test_a_long_chat_loses_its_start(tmp_path: Path) -> None:
     assert read(tmp_path, CHAT, size=size - 5, too_long="truncate") == both
 
 
+def test_of_a_chat_far_longer_than_a_block_the_last_answers_remain(tmp_path: Path) -> None:
+    long = [{"role": "user", "content": "the sky is " * 40}, {"role": "assistant", "content": "so blue " * 40}]
+    later = [{"role": "user", "content": "and at night " * 40}]
+    # The answer that is cut is not learned, and what follows the last answer is not kept.
+    assert read(tmp_path, [*long, *CHAT, *later], size=64, too_long="truncate") == read(tmp_path, CHAT)
+    with pytest.raises(DataError, match=r"line 1: the answer alone has \d+ tokens") as caught:
+        read(tmp_path, [*CHAT, *long], size=64, too_long="truncate")
+    alone = len(small_tokenizer()("so blue " * 40)["input_ids"])
+    assert abs(int(caught.value.problem.split(" has ")[1].split()[0]) - alone) < 8
+
+
 def test_messages_of_a_saved_dataset(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"messages": CHAT}] * 3).save_to_disk(str(tmp_path / "saved"))
     settings = DataSettings(path=str(tmp_path / "saved"), task="chat")

@@ -297,6 +297,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
         _train(SETTINGS.model_copy(update={"learning_rate": 1e30, "score_every": 100}))
 
 
+def test_an_output_that_is_not_finite_stops_before_training(tmp_path):
+    checkpoint = tmp_path / "stage_one.safetensors"
+    for _ in range(2):  # the second finds what the first has saved
+        model = tiny_model("llama")
+        model.model.norm.weight.data.fill_(float("inf"))
+        with pytest.raises(RunFailed, match=r"the model's own output is not finite, before anything.*\n.*model.dtype"):
+            train_stage_one(model, family_of(model.config), STREAM, STREAM.fixed(2), SETTINGS, checkpoint)
+
+
 def test_the_language_model_objective_is_one_setting_away():
     losses = [
         record["loss"] for record in _train(SETTINGS.model_copy(update={"objective": "lm"})).history if "loss" in record

@@ -15,7 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from scaleot_ray.config import ModelSettings
+from scaleot_ray.config import EmulatorSettings, ModelSettings
+from scaleot_ray.emulator.assemble import assemble
+from scaleot_ray.emulator.build import FullModelFacts, build_emulator
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing, UnsupportedArchitectureError
 from scaleot_ray.families.gguf import gguf_metadata
 from scaleot_ray.families.loading import (
@@ -63,6 +65,26 @@ def test_a_directory_comes_back_as_it_was_written(name: str, tmp_path: Path) -> 
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert base.model.config.use_cache is False
     assert base.tokenizer("the owner")["input_ids"] == tiny_tokenizer()("the owner")["input_ids"]
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_counts_more_than_a_config_that_ties_it(tmp_path: Path) -> None:
+    # As a fine-tune with a trained head leaves it; transformers loads both and keeps the config's word.
+    model = tiny_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": model.lm_head.weight.detach()}, tmp_path / "model.safetensors")
+    base = _load(tmp_path)
+    assert torch.equal(base.model.lm_head.weight, model.lm_head.weight)
+    assert base.model.config.tie_word_embeddings is False
+    settings = EmulatorSettings(alpha=0, beta=0, plug_in_layers=2, allow_unprotected=True)
+    emulator = assemble(build_emulator(base, None, settings, FullModelFacts(base.digest))[0])
+    ids = tiny_tokens()
+    assert torch.equal(emulator(input_ids=ids).logits, base.model(input_ids=ids).logits)
 
 
 def test_the_path_does_not_stay_in_the_config(tmp_path: Path) -> None:
@@ -284,7 +306,7 @@ def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for wrong in ("banana", "meta", "cuda:x"):
-        with pytest.raises(ConfigError, match=r"model\.device"):
+        with pytest.raises(ConfigError, match=f"^device: '{wrong}' is no device"):
             resolve_device(wrong)
 
 
@@ -292,6 +314,9 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(ResourcesMissing, match="cuda:99") as caught:
         resolve_device("cuda:99")
     assert caught.value.exit_code == 4
+    # Commands without a full model have no key model.device: the name is the one that all of them know.
+    assert caught.value.problem.startswith("device: cuda:99 is asked for")
+    assert caught.value.remedy.startswith("Set device (--device; ")
     if not torch.cuda.is_available():
         with pytest.raises(ResourcesMissing, match="cuda"):
             resolve_device("cuda")
@@ -318,7 +343,7 @@ def test_an_empty_model_has_the_type_asked_for() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def _write_gguf(path: Path, architecture: str = "llama", vocab_size: bool = True) -> Any:
+def _write_gguf(path: Path, architecture: str = "llama", vocab_size: bool = True, scaling: str = "") -> Any:
     """The tiny Llama as an unquantised GGUF file, the way llama.cpp's converter lays it out."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     config = model.config
@@ -333,6 +358,10 @@ def _write_gguf(path: Path, architecture: str = "llama", vocab_size: bool = True
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    if scaling in ("yarn", "none"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+    if scaling == "llama3":
+        writer.add_tensor("rope_freqs.weight", torch.ones(config.head_dim // 2).numpy())
     if vocab_size:
         writer.add_vocab_size(config.vocab_size)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -406,6 +435,16 @@ def test_a_gguf_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(ConfigError, match=r"cut\.gguf is cut short"):
             gguf_metadata(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize(("scaling", "named"), [("yarn", "yarn"), ("llama3", "rope_freqs.weight")])
+def test_a_gguf_file_that_scales_its_positions_is_refused(tmp_path: Path, scaling: str, named: str) -> None:
+    _write_gguf(tmp_path / "long.gguf", scaling=scaling)
+    error = _refused(tmp_path / "long.gguf")
+    assert f"long.gguf scales its rotary positions ({named})" in error.problem
+    assert "Hugging Face directory" in error.remedy
+    _write_gguf(tmp_path / "plain.gguf", scaling="none")
+    _load(tmp_path / "plain.gguf")
 
 
 def test_a_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

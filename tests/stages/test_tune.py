@@ -154,6 +154,29 @@ def test_an_interrupted_tuning_ends_where_a_whole_one_does(built: Built, tmp_pat
     assert not (tmp_path / "parts" / "checkpoint").exists()
 
 
+def test_a_faulty_row_far_in_shows_before_the_first_step(built: Built, tmp_path: Path) -> None:
+    path, short = tmp_path / "rows.jsonl", built.settings.tune.model_copy(update={"checkpoint_every": 1})
+    rows = [json.dumps({"prompt": "the owner", "completion": "tunes"})] * 100
+    path.write_text("\n".join([*rows, json.dumps({"prompt": "the owner", "completion": ""})]))
+    train, heard = DataSettings(path=str(path), task="completion"), []
+    with pytest.raises(DataError, match=r"^train: .*rows.jsonl, line 101: column 'completion' is empty"):
+        tuned(built, tmp_path / "out", train=train, tune=short, test=None, on_progress=heard.append)
+    assert not heard
+
+
+def test_checkpoints_of_other_tunings_stay(built: Built, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage == "tune alice" and progress.step == 3:
+            raise Stopped
+
+    often = built.settings.tune.model_copy(update={"checkpoint_every": 1})
+    with pytest.raises(Stopped):
+        tuned(built, tmp_path, tune=often, on_progress=stop)
+    (left,) = (tmp_path / "checkpoint").iterdir()
+    tuned(built, tmp_path, tune=often.model_copy(update={"learning_rate": 1e-4}))
+    assert list((tmp_path / "checkpoint").iterdir()) == [left]
+
+
 def test_multiple_choice_reports_accuracy_and_likelihood(built: Built, tmp_path: Path) -> None:
     rows = [{"question": "one of", "choices": ["the owner", "the data"], "label": index % 2} for index in range(8)]
     (tmp_path / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
