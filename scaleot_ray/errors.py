@@ -7,6 +7,11 @@ and exits with the class's code.
 
 from __future__ import annotations
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""``OSError.errno`` of a full disk, a used-up quota, a file larger than is allowed."""
+
 
 class ScaleOTError(Exception):
     """Base of all errors with a remedy.
@@ -63,3 +68,11 @@ class Interrupted(ScaleOTError):
     """The user stopped the run (Ctrl-C); checkpoints stay usable."""
 
     exit_code = 130
+
+
+def disk_full(error: BaseException) -> str | None:
+    """The problem in words, where an error is the system's own of a full disk; else None."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+        return None
+    where = f" while writing {error.filename}" if error.filename else ""
+    return f"the disk is full{where} ({error.strerror})."

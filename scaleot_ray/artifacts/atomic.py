@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -10,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scaleot_ray.errors import ConfigError, ResourcesMissing
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from scaleot_ray.errors import NO_ROOM, ConfigError, ResourcesMissing
 
 
 @contextmanager
@@ -49,15 +46,23 @@ def atomic_directory(directory: str | Path, needed: int, marker: str, overwrite:
         _swap(partial, target, replaced)
         _flush(target.parent)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise _no_room(target, needed, _free_bytes(target)) from error
         raise ConfigError(
             f"{target}: cannot be written ({error.strerror or error}).", "Choose a folder that you may write to."
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            _remove(partial, replaced, target)
+        except BaseException:  # a first Ctrl-C or SIGTERM just now; commands ignore those that follow
+            _remove(partial, replaced, target)
+            raise
+
+
+def _remove(partial: Path, replaced: Path, target: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _check_target(target: Path, marker: str, overwrite: bool) -> None:

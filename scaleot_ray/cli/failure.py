@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import tempfile
@@ -12,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError, disk_full
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,11 @@ def explain(error: BaseException) -> Failure:
     """
     if isinstance(error, ScaleOTError):
         return Failure(error.exit_code, _name(error), error.problem, error.remedy)
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        where = f" while writing {error.filename}" if error.filename else ""
+    if (full := disk_full(error)) is not None:
         return Failure(
             ResourcesMissing.exit_code,
             ResourcesMissing.__name__,
-            f"the disk is full{where}.",
+            full,
             "Free some space or choose another --output, then run the same command again.",
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import typer
 
 from scaleot_ray.cli.failure import Failure, explain, trace
-from scaleot_ray.errors import Interrupted
+from scaleot_ray.federation.interruption import interruptible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,24 +115,16 @@ def console(stream: IO[str]) -> Console:
 def working(context: typer.Context, again: str) -> Iterator[Output]:
     """Surrounds a command's work: claims stdout, and says how to go on after Ctrl-C.
 
+    A scheduler stops a job with SIGTERM: the same orderly end. Signals that follow do not disturb it.
+
     Args:
         context: the command's context; its ``obj`` is the :class:`Output`.
         again: what running the same command again does, for the message after an interruption.
     """
     output: Output = context.obj
     output.claim()
-    # A scheduler stops a job with SIGTERM: the same orderly end as Ctrl-C.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with interruptible(again, str(context.info_name)):
         yield output
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"{context.info_name} was interrupted.", again) from error
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def finite(value: Any) -> Any:

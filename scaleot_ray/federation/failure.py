@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
+from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError, disk_full
 
 _LOG_LINES = 8
 _MAGIC = re.compile(r"^:(actor_name|job_id|task_name):")  # what Ray writes into logs for itself
@@ -18,7 +18,7 @@ def actor_failure(error: BaseException, role: str, pid: int | None, logs: Path) 
     """What happened to an actor, out of the exception that waiting for it raised.
 
     Errors of this package keep their class (and exit code); the role is named in front. Everything
-    else becomes :class:`RunFailed`, running out of memory :class:`ResourcesMissing`.
+    else becomes :class:`RunFailed`, running out of memory or disk :class:`ResourcesMissing`.
 
     Args:
         error: what ``ray.get`` raised.
@@ -33,6 +33,10 @@ def actor_failure(error: BaseException, role: str, pid: int | None, logs: Path) 
         return ResourcesMissing(
             f"{role} ran out of memory: {_first_line(str(cause))}",
             "Lower batch_size or block_size of its section, set tune.gradient_checkpointing, or use a larger machine.",
+        )
+    if (full := disk_full(cause)) is not None:
+        return ResourcesMissing(
+            f"{role}: {full}", f"Free some space, or set output to a folder on another disk. {_AGAIN}"
         )
     if isinstance(cause, OutOfMemoryError):
         return RunFailed(

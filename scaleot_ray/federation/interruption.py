@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: one orderly end, whatever comes after."""
+"""Ctrl-C and SIGTERM during a run or a command: one orderly end, whatever comes after."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interruptible(remedy: str) -> Iterator[Callable[[], None]]:
+def interruptible(remedy: str, what: str = "the run") -> Iterator[Callable[[], None]]:
     """Turns SIGINT and SIGTERM into :class:`Interrupted`, raised once the block has wound down.
 
     The first signal raises KeyboardInterrupt where the program is; later ones are ignored, so that
@@ -23,6 +23,7 @@ def interruptible(remedy: str) -> Iterator[Callable[[], None]]:
 
     Args:
         remedy: how to go on.
+        what: is interrupted, for the message.
 
     Yields:
         A function that sets the handlers again, for after a library has put its own in their place.
@@ -51,7 +52,7 @@ def interruptible(remedy: str) -> Iterator[Callable[[], None]]:
     except (KeyboardInterrupt, SystemExit) as error:
         # Ray's own SIGTERM handler, in place while it starts, raises SystemExit.
         name = received[0] if received else "SIGTERM" if isinstance(error, SystemExit) else "SIGINT"
-        raise Interrupted(f"the run was interrupted ({name}).", remedy) from error
+        raise Interrupted(f"{what} was interrupted ({name}).", remedy) from error
     finally:
         for number in caught:
             signal.signal(number, before[number])

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from scaleot_ray.checkpoints import NO_ROOM, read_state, write_state
+from scaleot_ray.checkpoints import read_state, write_state
 from scaleot_ray.data.batches import Batch
-from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
+from scaleot_ray.errors import NO_ROOM, ConfigError, ResourcesMissing, RunFailed
 
 FORMAT = 1
 _HEADER = "tuning"

@@ -347,6 +347,29 @@ def test_interrupted_writing_leaves_what_was_there(written, error):
     assert os.listdir(written.parent) == ["artefact"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_interrupted_clean_up_is_done_all_the_same(written, monkeypatch, fails):
+    remove = shutil.rmtree
+    signals = [KeyboardInterrupt]  # one: commands ignore those that follow
+
+    def interrupted(path, ignore_errors):
+        if ".partial" in path.name and signals:
+            raise signals.pop()
+        remove(path, ignore_errors)
+
+    def write() -> None:
+        with atomic_directory(written, 1, "manifest.json", overwrite=True) as folder:
+            (folder / "manifest.json").write_text("x")
+            if fails:
+                raise ValueError
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert os.listdir(written.parent) == ["artefact"]
+    assert ((written / "manifest.json").read_text() == "x") is not fails
+
+
 def test_failed_swap_puts_the_old_directory_back(written):
     before = read_artifact(written)
     with pytest.raises(FileNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,11 @@ def test_a_subclass_made_elsewhere_is_named_by_its_base() -> None:
     assert explain(made("p.", "r.")).type == "DataError"
 
 
-def test_a_full_disk_is_a_missing_resource() -> None:
-    failure = explain(OSError(errno.ENOSPC, "No space left on device", "out/tensors.safetensors"))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_a_missing_resource(number: int) -> None:
+    failure = explain(OSError(number, os.strerror(number), "out/tensors.safetensors"))
     assert (failure.code, failure.type) == (4, "ResourcesMissing")
-    assert "out/tensors.safetensors" in failure.message
+    assert failure.message == f"the disk is full while writing out/tensors.safetensors ({os.strerror(number)})."
 
 
 def test_out_of_memory_is_a_missing_resource() -> None:

@@ -11,9 +11,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.cli.command import Finished, Warm, started
+from tests.cli.command import Finished, Warm, python, started
 from tests.cli.conftest import STAGE_ONE
+
+# People press Ctrl-C again while a command removes what is half-written.
+AGAIN_IN_CLEAN_UP = """
+import shutil, signal, sys, typer
+from scaleot_ray.artifacts.atomic import atomic_directory
+from scaleot_ray.cli.main import execute
+from scaleot_ray.cli.output import working
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+app = typer.Typer()
+remove = shutil.rmtree
+
+def slowly(*arguments, **options):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    remove(*arguments, **options)
+
+@app.command()
+def write(context: typer.Context):
+    with working(context, "Again."), atomic_directory("result", 1, "manifest.json") as partial:
+        (partial / "half").write_text("x")
+        shutil.rmtree = slowly
+        signal.raise_signal(getattr(signal, sys.argv[1]))
+
+sys.exit(execute(app, [], "write"))
+"""
 
 Ready = Callable[["subprocess.Popen[str]"], list[str]]
 
@@ -56,7 +83,7 @@ def stopped(arguments: list[object], ready: Ready, number: signal.Signals, place
     assert psutil.wait_procs(children, timeout=5)[1] == []
     assert out == ""
     assert "Traceback" not in rest
-    assert f"error: {arguments[0]} was interrupted." in rest
+    assert f"error: {arguments[0]} was interrupted ({number.name})." in rest
     assert "  → Run the same command again" in rest
 
 
@@ -67,6 +94,14 @@ def goes_on(arguments: list[object], stage: str, place: Path, warm: Warm) -> Fin
     assert first is not None
     assert int(first.group(1)) > 2, done.err
     return done
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_impatience_leaves_nothing_half_written(first: str, tmp_path: Path) -> None:
+    done = python("-c", AGAIN_IN_CLEAN_UP, first, cwd=tmp_path)
+    assert done.code == 130
+    assert f"error: write was interrupted ({first})." in done.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_build(place: Path, warm: Warm) -> None:

@@ -39,6 +39,14 @@ class Unlucky:
         """As Python says it."""
         raise MemoryError("12 GB")
 
+    def fill_the_disk(self) -> None:
+        """As the system says it."""
+        Path("/dev/full").write_text("x")
+
+    def open_nothing(self) -> None:
+        """Another error of the system's."""
+        Path("/no/such/file").read_text()
+
     def die(self, words: str) -> None:
         """Writes to stderr and ends with an exit code."""
         print(words, file=sys.stderr, flush=True)
@@ -68,6 +76,15 @@ def test_out_of_memory_is_missing_resources(connected_ray: Session) -> None:
     found = failure(connected_ray, Unlucky.remote().out_of_memory.remote())
     assert type(found) is ResourcesMissing
     assert "data owner alice ran out of memory: 12 GB" in found.problem
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is full")
+def test_a_full_disk_is_missing_resources(connected_ray: Session) -> None:
+    found = failure(connected_ray, Unlucky.remote().fill_the_disk.remote())
+    assert type(found) is ResourcesMissing
+    assert found.problem == "data owner alice: the disk is full (No space left on device)."
+    assert "set output to a folder on another disk" in found.remedy
+    assert type(failure(connected_ray, Unlucky.remote().open_nothing.remote())) is RunFailed
 
 
 def test_an_actor_that_cannot_start_says_why(connected_ray: Session) -> None:
