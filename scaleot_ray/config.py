@@ -46,7 +46,11 @@ class ModelSettings(Settings):
         "float32", description="type the weights are loaded as"
     )
     tokenizer: str | None = Field(None, description="directory or id of the tokenizer; default: the model's own")
-    device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+    device: str = Field(
+        "auto",
+        description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one; in a run, cuda is the GPU that an actor "
+        "is given by owner_gpus or tenants.N.gpus",
+    )
     licence: str | None = Field(
         None, description="licence notice for the artefact's card; default: what the model says"
     )
@@ -220,7 +224,9 @@ class TenantSettings(Settings):
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
     )
     cpus: int = Field(1, ge=1, description="processors it tunes with, and the evaluator measures its rows with")
-    gpus: Number = Field(0.0, ge=0, description="GPUs, or a share of one, for the same")
+    gpus: Number = Field(
+        0.0, ge=0, le=1, description="one GPU (1) or a share of it, for the same; an actor computes on one GPU at most"
+    )
     tune: TuneSettings | None = Field(
         None, description="keys that differ for this data owner; the others come from the run's tune section"
     )
@@ -247,7 +253,13 @@ class RunSettings(Settings):
         None, ge=1, description="at most so many test rows or blocks per tenant, and so many for validation"
     )
     owner_cpus: int = Field(2, ge=1, description="processors the model owner builds with")
-    owner_gpus: Number = Field(0.0, ge=0)
+    owner_gpus: Number = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="one GPU (1) or a share of it, that the model owner builds with; an actor computes on one GPU "
+        "at most",
+    )
 
     @model_validator(mode="after")
     def _distinct_tenants(self) -> RunSettings:
@@ -265,6 +277,38 @@ class RunSettings(Settings):
                     f"tenants.{index}.validation: nothing evaluates on these rows; "
                     "set tune.evaluate_every, or leave validation out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _device_is_given(self) -> RunSettings:
+        device, (kind, _, index) = self.model.device, self.model.device.partition(":")
+        if kind == "cpu" and self.owner_gpus:
+            raise ValueError(
+                f"model.device is {device}, so the model owner does not use the GPU of owner_gpus; "
+                "set owner_gpus to 0, or model.device to auto"
+            )
+        if kind != "cuda":
+            return self
+        if index not in ("", "0"):
+            raise ValueError(
+                f"model.device is {device}, but an actor of a run sees only the GPU that it is given, as cuda; "
+                "set model.device to cuda, and choose the run's GPUs with the environment variable "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        # Whoever holds the full model: with no GPU of its own, it would fail when its turn comes.
+        given = {"owner_gpus": self.owner_gpus}
+        if self.evaluator:
+            given |= {f"tenants.{number}.gpus": tenant.gpus for number, tenant in enumerate(self.tenants)}
+        without = [key for key, gpus in given.items() if not gpus]
+        if without:
+            keys = " and ".join(without)
+            holder = "the model owner" if without[0] == "owner_gpus" else "the evaluator"
+            raise ValueError(
+                f"model.device is {device}, but {keys} {'is' if len(without) == 1 else 'are'} 0, "
+                f"so {holder} has no GPU for the full model; "
+                f"set {keys} to 1 or to a share of a GPU, or model.device to auto, which takes the CPU where none is "
+                "given"
+            )
         return self
 
     def tune_of(self, tenant: TenantSettings) -> TuneSettings:

@@ -138,6 +138,61 @@ def test_a_run_needs_a_tenant() -> None:
         parse(RunSettings, {**run_values(), "tenants": []})
 
 
+class TestGpus:
+    """What cannot come out well is refused by key before anything starts, not by an actor after stage 1."""
+
+    def run(self, device: str, owner: float, alice: float, bob: float, evaluator: bool = False) -> RunSettings:
+        values = run_values()
+        values["model"]["device"] = device
+        values["tenants"][0]["gpus"], values["tenants"][1]["gpus"] = alice, bob
+        return parse(RunSettings, {**values, "owner_gpus": owner, "evaluator": evaluator}, "run.yaml")
+
+    @pytest.mark.parametrize(
+        "values", [("auto", 0, 0, 0), ("auto", 1, 0, 0.5), ("cpu", 0, 1, 1), ("cuda:0", 0.5, 1, 1)]
+    )
+    def test_what_goes_together(self, values: tuple[str, float, float, float]) -> None:
+        assert self.run(*values, evaluator=True).model.device == values[0]
+
+    def test_data_owners_need_no_gpu_for_the_full_model_where_nobody_evaluates(self) -> None:
+        assert self.run("cuda", 1, 0, 0).owner_gpus == 1
+
+    @pytest.mark.parametrize(
+        ("gpus", "missing", "who"),
+        [
+            ((0, 1, 1), "owner_gpus is 0", "the model owner has no GPU"),
+            ((1, 1, 0), "tenants.1.gpus is 0", "the evaluator has no GPU"),
+            ((1, 0, 0), "tenants.0.gpus and tenants.1.gpus are 0", "the evaluator has no GPU"),
+        ],
+    )
+    def test_a_named_gpu_that_its_user_is_not_given(
+        self, gpus: tuple[float, float, float], missing: str, who: str
+    ) -> None:
+        with pytest.raises(ConfigError) as caught:
+            self.run("cuda", *gpus, evaluator=True)
+        assert caught.value.problem == f"run.yaml: model.device is cuda, but {missing}, so {who} for the full model."
+        assert "or model.device to auto" in caught.value.remedy
+
+    def test_a_given_gpu_that_is_not_used(self) -> None:
+        with pytest.raises(ConfigError, match=r"model\.device is cpu, so") as caught:
+            self.run("cpu", 1, 0, 0)
+        assert caught.value.remedy == "Set owner_gpus to 0, or model.device to auto."
+
+    def test_an_actor_sees_its_own_gpu_alone(self) -> None:
+        with pytest.raises(ConfigError, match=r"model\.device is cuda:1, but") as caught:
+            self.run("cuda:1", 1, 1, 1)
+        assert "CUDA_VISIBLE_DEVICES" in caught.value.remedy
+
+    @pytest.mark.parametrize("gpus", [1.5, 2, -1])
+    def test_an_actor_computes_on_one(self, gpus: float) -> None:
+        for (owner, alice), key in (((gpus, 0), "owner_gpus"), ((1, gpus), "tenants.0.gpus")):
+            with pytest.raises(ConfigError) as caught:
+                self.run("auto", owner, alice, 0)
+            assert caught.value.problem.startswith(f"run.yaml: {key}: ")
+            assert f"found {gpus!r}" in caught.value.problem
+            assert "one GPU (1) or a share of it" in caught.value.remedy
+            assert "one GPU at most" in caught.value.remedy
+
+
 class TestTuneOfTenant:
     def test_keys_that_are_not_given_come_from_the_run(self) -> None:
         values = run_values()
@@ -313,8 +368,7 @@ def test_every_field_that_needs_words_has_them() -> None:
         *("text_column", "prompt_column", "completion_column", "messages_column", "choices_column"),
         *("activation", "batch_size", "learning_rate", "weight_decay", "seed", "builder", "method", "lora_rank"),
         *("lora_alpha", "bottleneck_width", "warmup_fraction", "max_grad_norm", "gradient_checkpointing"),
-        *("checkpoint_every", "name", "train", "test", "cpus", "gpus", "model", "stage_one", "emulator", "tune"),
-        *("tenants", "owner_gpus"),
+        *("checkpoint_every", "name", "train", "test", "cpus", "model", "stage_one", "emulator", "tune", "tenants"),
     }
     from scaleot_ray.config import TenantSettings
 

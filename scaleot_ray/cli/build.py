@@ -23,6 +23,7 @@ from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import BuildSettings
 from scaleot_ray.cli.tables import privacy_text
 from scaleot_ray.config import override, parse
+from scaleot_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,8 +82,17 @@ def build_command(
 
 
 def build_emulator(settings: BuildSettings, out: Output) -> None:
-    """Builds an emulator and shows what it is (the command and the job alike)."""
+    """Builds an emulator and shows what it is (the command and the job alike).
+
+    Raises:
+        ConfigError: ``settings.output`` names no folder of the emulator's own, or what it does is refused.
+    """
     output = Path(settings.output)
+    if output.name in ("", ".."):
+        raise ConfigError(
+            f"output: {settings.output!r} is no name for a folder of the emulator's own.",
+            "Give the path of a new folder, e.g. emulator.",
+        )
     with ProgressBars() as bars:
         from scaleot_ray.artifacts.crossing import audit_beside
         from scaleot_ray.artifacts.inspect import describe

@@ -245,7 +245,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError:
         resolved = torch.device("meta")
-    where = "device (--device; the full model's in a file: model.device)"
+    where = "device (--device, or model.device of a full model)"
     if resolved.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is no device.", f"Set {where} to auto, cpu, cuda or cuda:N.")
     seen = torch.cuda.device_count()

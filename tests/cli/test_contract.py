@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from scaleot_ray.cli.build import build_emulator
 from scaleot_ray.cli.main import build_app
+from scaleot_ray.cli.output import Output
+from scaleot_ray.cli.settings import BuildSettings
+from scaleot_ray.config import DataSettings, ModelSettings
+from scaleot_ray.errors import ConfigError
 from tests.cli.command import python, scaleot
 
 COMMANDS = ("demo", "doctor", "build", "tune", "plug", "eval", "run", "inspect")
@@ -105,6 +110,15 @@ class TestWrongInputs:
         assert error["message"].startswith("scaleot build: emulator.alpha: ")
         assert "less than or equal to 1" in error["message"]
         assert "found 2" in error["message"]
+
+    @pytest.mark.parametrize("output", [".", "..", "a/..", "/", ""])
+    def test_output_without_a_name(self, tmp_path: Path, output: str) -> None:
+        settings = BuildSettings(
+            model=ModelSettings(path="m"), public=DataSettings(path="p"), output=output, overwrite=True
+        )
+        with pytest.raises(ConfigError, match=r"^output: ") as caught:
+            build_emulator(settings, Output())
+        assert "path of a new folder" in caught.value.remedy
 
     def test_unknown_key(self, tmp_path: Path) -> None:
         error = self.refused(

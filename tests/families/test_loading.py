@@ -316,7 +316,7 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     assert caught.value.exit_code == 4
     # Commands without a full model have no key model.device: the name is the one that all of them know.
     assert caught.value.problem.startswith("device: cuda:99 is asked for")
-    assert caught.value.remedy.startswith("Set device (--device; ")
+    assert caught.value.remedy.startswith("Set device (--device, or model.device ")
     if not torch.cuda.is_available():
         with pytest.raises(ResourcesMissing, match="cuda"):
             resolve_device("cuda")
