@@ -70,6 +70,7 @@ def test_only_what_may_cross_has_crossed(report: dict[str, Any]) -> None:
             (owner, "model owner", "delta"),
             (owner, "model owner", "metrics"),
             # The demo declares an evaluator, in which both secrets meet; the log says so.
+            ("model owner", evaluator, "emulator"),
             ("model owner", evaluator, "full model"),
             (owner, evaluator, "rows"),
             ("model owner", evaluator, "delta"),

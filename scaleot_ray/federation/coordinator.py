@@ -1,4 +1,7 @@
-"""The coordinator: everything that crosses between the parties passes through it, checked and recorded.
+"""The coordinator: every artefact and every table that crosses in a run is checked and recorded here.
+
+The full model and the rows that a declared evaluator is given besides do not pass through here: it reads
+them where they lie, and the coordinator records that.
 
 It holds the one shared copy of the emulator, the registry of what came back, and the latest progress
 report of every stage. It computes nothing, so it claims no processor.
@@ -7,14 +10,17 @@ report of every stage. It computes nothing, so it claims no processor.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
-from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner, evaluator
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog, data_owner, evaluator
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import Manifest, MetricsContent
+from scaleot_ray.artifacts.manifest import Kind, Manifest, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
@@ -62,22 +68,22 @@ class Coordinator(Role):
         self._emulator: ray.ObjectRef | None = None
         self._reports: dict[str, Progress] = {}
 
-    def publish(self, directory: str, tenants: list[str]) -> tuple[list[ray.ObjectRef], bytes]:
-        """Puts the emulator on disk into the object store, once, for the given tenants.
+    def publish(self, directory: str, recipients: list[str]) -> list[ray.ObjectRef]:
+        """Puts the emulator on disk into the object store, once, for the given parties.
 
         Returns:
-            The reference (in a list, so that Ray hands on the reference and not the emulator) and the
-            manifest's bytes.
+            The reference, in a list, so that Ray hands on the reference and not the emulator.
 
         Raises:
-            ArtifactRefused: the artefact is damaged, or is an emulator that hides nothing.
+            ArtifactRefused: the artefact is damaged, or is an emulator that hides nothing; the audit log
+                says so too.
         """
-        artifact = read_artifact(directory, expected_kind="emulator", verify=False)  # the gate verifies
-        for tenant in tenants:
-            cross(artifact, MODEL_OWNER, data_owner(tenant), self._audit)
-        shared = to_shared(artifact)
-        self._manifest, self._emulator = artifact.manifest, ray.put(shared)
-        return [self._emulator], shared["manifest"]
+        with self._recording_refusal(MODEL_OWNER, DATA_OWNERS, "emulator"):
+            artifact = read_artifact(directory, expected_kind="emulator", verify=False)  # the gate verifies
+        for recipient in recipients:
+            cross(artifact, MODEL_OWNER, recipient, self._audit)
+        self._manifest, self._emulator = artifact.manifest, ray.put(to_shared(artifact))
+        return [self._emulator]
 
     def declare_evaluator(self, tenant: str, rows_bytes: int, metric: str) -> None:
         """Records that the settings give one tenant's evaluator both secrets; its table is by ``metric``."""
@@ -97,20 +103,23 @@ class Coordinator(Role):
         Raises:
             ArtifactRefused: one of them is not what it says, or not what may cross; the audit log says so too.
         """
-        entry = Entry({}, 0, "")
-        for shared, kind in ((delta, "delta"), (metrics, "metrics")):
+        sent = self._take(delta, "delta", data_owner(tenant))
+        content = self._take(metrics, "metrics", data_owner(tenant)).manifest.content
+        assert isinstance(content, MetricsContent)  # Manifest ties content to kind
+        self._registry[tenant] = Entry(dict(content.values), sent.nbytes, sent.digest)
+        self._deltas[tenant] = delta
+
+    def _take(self, shared: Shared, kind: Kind, sender: str) -> Artifact:
+        """What a data owner sent, if it is of that kind and passes the gate; recorded either way."""
+        with self._recording_refusal(sender, MODEL_OWNER, kind):
             artifact = from_shared(shared)
             if artifact.manifest.kind != kind:
                 raise ArtifactRefused(
-                    f"{data_owner(tenant)} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
+                    f"{sender} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
                     "Send what `tune` wrote.",
                 )
-            cross(artifact, data_owner(tenant), MODEL_OWNER, self._audit, parent=self._manifest)
-            if isinstance(artifact.manifest.content, MetricsContent):
-                entry.metrics = dict(artifact.manifest.content.values)
-            else:
-                entry.delta_bytes, entry.delta_digest = artifact.nbytes, artifact.digest
-        self._registry[tenant], self._deltas[tenant] = entry, delta
+        cross(artifact, sender, MODEL_OWNER, self._audit, parent=self._manifest)
+        return artifact
 
     def entry(self, tenant: str) -> Entry:
         """What the registry has of a tenant, without the delta itself."""
@@ -123,17 +132,13 @@ class Coordinator(Role):
             ArtifactRefused: no such evaluator was declared, or the rows are not what may cross; the audit
                 log says so too.
         """
-        digest = hashlib.sha256(data).hexdigest()
-        line = (evaluator(tenant), DRIVER, "table", len(data), digest)
-        try:
+        line = (evaluator(tenant), DRIVER, "table", len(data), hashlib.sha256(data).hexdigest())
+        with self._recording_refusal(*line):
             if tenant not in self._metrics:
                 raise ArtifactRefused(
                     f"{evaluator(tenant)} is not declared in the settings.", "Set evaluator, or leave these rows out."
                 )
             table = unpack_table(data, tenant, self._metrics[tenant])
-        except ArtifactRefused as error:
-            self._audit.record(*line, decision="refused", reason=error.problem)
-            raise
         self._audit.record(*line)
         self._tables[tenant] = table
 
@@ -166,3 +171,14 @@ class Coordinator(Role):
         """The reports since the last call, the latest of each stage."""
         latest, self._reports = self._reports, {}
         return list(latest.values())
+
+    @contextmanager
+    def _recording_refusal(
+        self, sender: str, recipient: str, kind: str, size: int = 0, digest: str = ""
+    ) -> Iterator[None]:
+        """Writes the line of what is refused in here: what :func:`cross` has no artefact of, or no check for."""
+        try:
+            yield
+        except ArtifactRefused as error:
+            self._audit.record(sender, recipient, kind, size, digest, decision="refused", reason=error.problem)
+            raise

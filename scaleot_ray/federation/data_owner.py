@@ -1,4 +1,4 @@
-"""A data owner's actor: it alone is told where the tenant's data is, and sends back a delta and numbers."""
+"""A data owner's actor: it tunes on the tenant's rows, and sends back a delta and numbers, never a row."""
 
 from __future__ import annotations
 

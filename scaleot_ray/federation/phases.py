@@ -139,12 +139,13 @@ class Phases:
         self.coordinator = Running(COORDINATOR, None)
         self._start(self.coordinator, Coordinator, 1, 0, str(self.folder.audit), claim=False)
         built = self._build()
-        names = [tenant.name for tenant in self.tenants]
-        emulator, _ = self._ask_coordinator("publish", str(self.folder.emulator), names)
+        recipients = [data_owner(tenant.name) for tenant in self.tenants]
+        if self.settings.evaluator:
+            recipients += [evaluator(tenant.name) for tenant in self.tenants]
+        self._emulator = self._ask_coordinator("publish", str(self.folder.emulator), recipients)
         if self.settings.evaluator:
             for tenant in self.tenants:
                 self._ask_coordinator("declare_evaluator", tenant.name, _rows_bytes(tenant.settings), tenant.metric)
-        self._emulator = emulator
         self._until(self._tenants_finished)
         self._ask_coordinator("finish")
         return self._report(built)

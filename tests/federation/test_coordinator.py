@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def write_in_place(reference: list[Any]) -> None:
 
 
 def test_the_shared_copy_is_watched_to_the_end(coordinator: Any, parts: Parts) -> None:
-    reference, _ = ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice"]))
+    reference = ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["data owner alice"]))
     ray.get(coordinator.finish.remote())
     ray.get(write_in_place.remote(reference))
     with pytest.raises(RunFailed, match=r"coordinator found that tensor 'model.layers.0.mlp.up_proj.weight'"):
@@ -99,7 +100,8 @@ def test_tuning_shares_what_is_frozen_and_copies_what_it_trains(parts: Parts, tm
 
 
 def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
-    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice", "bob"]))
+    recipients = ["data owner alice", "data owner bob", "evaluator alice"]
+    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), recipients))
     ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(parts.metrics)))
     entry = ray.get(coordinator.entry.remote("alice"))
     assert (entry.delta_digest, entry.delta_bytes) == (parts.delta.digest, parts.delta.nbytes)
@@ -109,6 +111,7 @@ def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit
     assert crossings == [
         ("model owner", "data owner alice", "emulator", "sent"),
         ("model owner", "data owner bob", "emulator", "sent"),
+        ("model owner", "evaluator alice", "emulator", "sent"),
         ("data owner alice", "model owner", "delta", "sent"),
         ("data owner alice", "model owner", "metrics", "sent"),
         ("model owner", "evaluator alice", "delta", "sent"),
@@ -117,14 +120,27 @@ def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit
 
 def test_an_open_emulator_is_never_sent(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
     with pytest.raises(ArtifactRefused, match="hides nothing"):
-        ray.get(coordinator.publish.remote(str(parts.folder / "open"), ["alice"]))
+        ray.get(coordinator.publish.remote(str(parts.folder / "open"), ["data owner alice"]))
     (line,) = audit.read()
     assert line["decision"] == "refused"
     assert "hides nothing" in line["reason"]
 
 
+def test_a_damaged_emulator_is_refused_and_recorded(
+    coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path
+) -> None:
+    shutil.copytree(parts.folder / "emulator", tmp_path / "emulator")
+    (tmp_path / "emulator" / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactRefused, match="manifest.json"):
+        ray.get(coordinator.publish.remote(str(tmp_path / "emulator"), ["data owner alice"]))
+    (line,) = audit.read()
+    assert (line["sender"], line["recipient"], line["kind"]) == ("model owner", "data owners", "emulator")
+    assert (line["bytes"], line["decision"]) == (0, "refused")
+    assert "manifest.json" in line["reason"]
+
+
 def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
-    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice"]))
+    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["data owner alice"]))
     more = Artifact.create(
         "delta",
         parts.delta.manifest.content,
@@ -144,11 +160,30 @@ def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts
         ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(numbers)))
     with pytest.raises(ArtifactRefused, match="of kind 'metrics' as its delta"):
         ray.get(coordinator.submit.remote("alice", to_shared(parts.metrics), to_shared(parts.metrics)))
-    assert [line["decision"] for line in audit.read()] == ["sent", "refused", "refused", "sent", "refused"]
+    cut = to_shared(parts.delta)
+    cut["tensors"][name] = cut["tensors"][name][:-1]
+    with pytest.raises(ArtifactRefused, match="its manifest says"):
+        ray.get(coordinator.submit.remote("alice", cut, to_shared(parts.metrics)))
+    with pytest.raises(ArtifactRefused, match="no valid JSON"):
+        unreadable = {**to_shared(parts.metrics), "manifest": b"{"}
+        ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), unreadable))
+    with pytest.raises(KeyError):
+        ray.get(coordinator.entry.remote("alice"))
+    lines = audit.read()[1:]  # after the emulator's
+    assert [(line["kind"], line["decision"]) for line in lines] == [
+        ("delta", "refused"),
+        ("delta", "refused"),
+        *(("delta", "sent"), ("metrics", "refused")),
+        ("delta", "refused"),
+        ("delta", "refused"),
+        *(("delta", "sent"), ("metrics", "refused")),
+    ]
+    assert {(line["sender"], line["recipient"]) for line in lines} == {("data owner alice", "model owner")}
+    assert all(line["reason"] for line in lines if line["decision"] == "refused")
 
 
 def test_an_evaluators_table_is_a_crossing_of_its_own(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
-    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["alice"]))
+    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["data owner alice"]))
     score = LossScore(np.array([1.5, 2.5]), np.array([1, 2]))
     table = TenantTable("alice", "loss", {"plug_in": score, "full_tuned": None})
     with pytest.raises(ArtifactRefused, match="evaluator alice is not declared"):

@@ -116,12 +116,13 @@ def test_the_audit_log_has_every_crossing(first: Run) -> None:
             (f"data owner {name}", "model owner", "delta"),
             (f"data owner {name}", "model owner", "metrics"),
             # With a declared evaluator both secrets meet, and the log says so.
+            ("model owner", f"evaluator {name}", "emulator"),
             ("model owner", f"evaluator {name}", "full model"),
             (f"data owner {name}", f"evaluator {name}", "rows"),
             ("model owner", f"evaluator {name}", "delta"),
             (f"evaluator {name}", "driver", "table"),
         } <= crossed
-    assert len(crossed) == 14
+    assert len(crossed) == 16
     assert all(line["decision"] == "sent" for line in lines)
 
 
