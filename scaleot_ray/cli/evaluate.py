@@ -40,7 +40,9 @@ def evaluate_command(
     model: Annotated[str | None, typer.Option(help="The full model: Hugging Face directory or id, or .gguf.")] = None,
     emulator: Annotated[str | None, typer.Option(help="Folder of an emulator.")] = None,
     delta: Annotated[str | None, typer.Option(help="Folder of a delta that was tuned on that emulator.")] = None,
-    train: Annotated[str | None, typer.Option(help="Training rows; adds the row full_tuned.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Training rows; with --model and --emulator, adds the row full_tuned.")
+    ] = None,
     validation: Annotated[
         str | None, typer.Option(help="Rows for tune.evaluate_every of full_tuned. Default: a part of --train.")
     ] = None,
@@ -67,7 +69,8 @@ def evaluate_command(
     table (or with --format json the object of docs/json.md) goes to stdout.
     Writes finished rows, and checkpoints of full_tuned while it is tuned, to
     --folder: the same command takes them from there, others write over them.
-    Rows whose inputs are missing stay out:
+    Rows whose inputs are missing stay out; an input that no row can use is
+    refused:
 
       full_zero_shot       --model
 
@@ -172,11 +175,16 @@ def _writable(folder: Path) -> Path:
         ) from error
 
 
+_NEEDED_BY = {"delta": "emulator_tuned", "train": "full_tuned", "validation": "full_tuned"}
+"""For each input that is of no use alone the row that uses it with the fewest others."""
+
+
 def choose_rows(settings: EvaluateSettings) -> list[str]:
     """The rows asked for, or all that the inputs allow.
 
     Raises:
-        ConfigError: a row that was asked for lacks an input, or the inputs allow no row at all.
+        ConfigError: a row that was asked for lacks an input, the inputs allow no row at all, or one of them
+            is of no use without another.
     """
     from scaleot_ray.stages.evaluate import INPUTS
 
@@ -192,6 +200,10 @@ def choose_rows(settings: EvaluateSettings) -> list[str]:
                 "eval: there is nothing to measure.",
                 "Give --model, --emulator or both; `scaleot eval --help` says which row needs what.",
             )
+        for name, row in _NEEDED_BY.items():
+            if getattr(settings, name) is not None and missing[row]:
+                others = " ".join(f"--{other}" for other in missing[row])
+                raise ConfigError(f"{name}: no row uses it without {others}.", f"Add {others}, or leave out --{name}.")
         return rows
     for row in settings.rows:
         if missing[row]:

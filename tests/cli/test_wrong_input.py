@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from scaleot_ray.cli.evaluate import choose_rows
+from scaleot_ray.cli.settings import EvaluateSettings
+from scaleot_ray.config import parse
+from scaleot_ray.errors import ConfigError
 from tests.cli.command import Warm
 from tests.cli.conftest import BUILD, TUNE, write_rows
 
@@ -111,6 +118,28 @@ def test_missing_model(place: Path, warm: Warm) -> None:
     done = warm.scaleot("eval", "--model", "./no-model", "--test", "test.jsonl", "--format", "json", cwd=place)
     assert done.code == 2
     assert "no-model" in done.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "others"),
+    [
+        (["model", "delta"], "delta", "--emulator"),
+        (["model", "train"], "train", "--emulator"),
+        (["emulator", "delta", "train"], "train", "--model"),
+        (["model", "emulator", "validation"], "validation", "--train"),
+    ],
+)
+def test_an_input_that_no_row_uses(given: list[str], name: str, others: str) -> None:
+    inputs: dict[str, Any] = {"model": {"path": "m"}, "emulator": "e", "delta": "d"}
+    inputs |= {rows: {"path": f"{rows}.jsonl"} for rows in ("train", "validation")}
+    values = {"test": {"path": "test.jsonl"}, **{key: inputs[key] for key in given}}
+    with pytest.raises(ConfigError) as refused:
+        choose_rows(parse(EvaluateSettings, values))
+    assert refused.value.problem == f"{name}: no row uses it without {others}."
+    assert refused.value.remedy == f"Add {others}, or leave out --{name}."
+    # Rows that were named say what is wanted; what is there beside may be for another time.
+    first = "full_zero_shot" if "model" in given else "emulator_zero_shot"
+    assert choose_rows(parse(EvaluateSettings, {**values, "rows": [first]})) == [first]
 
 
 def test_too_many_plug_in_layers(place: Path, warm: Warm) -> None:

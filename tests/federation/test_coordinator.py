@@ -131,7 +131,7 @@ def test_a_damaged_emulator_is_refused_and_recorded(
 ) -> None:
     shutil.copytree(parts.folder / "emulator", tmp_path / "emulator")
     (tmp_path / "emulator" / "manifest.json").write_text("{")
-    with pytest.raises(ArtifactRefused, match="manifest.json"):
+    with pytest.raises(ArtifactRefused, match="is no valid JSON"):
         ray.get(coordinator.publish.remote(str(tmp_path / "emulator"), ["data owner alice"]))
     (line,) = audit.read()
     assert (line["sender"], line["recipient"], line["kind"]) == ("model owner", "data owners", "emulator")
@@ -164,8 +164,8 @@ def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts
     cut["tensors"][name] = cut["tensors"][name][:-1]
     with pytest.raises(ArtifactRefused, match="its manifest says"):
         ray.get(coordinator.submit.remote("alice", cut, to_shared(parts.metrics)))
+    unreadable = {**to_shared(parts.metrics), "manifest": b"{"}
     with pytest.raises(ArtifactRefused, match="no valid JSON"):
-        unreadable = {**to_shared(parts.metrics), "manifest": b"{"}
         ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), unreadable))
     with pytest.raises(KeyError):
         ray.get(coordinator.entry.remote("alice"))
