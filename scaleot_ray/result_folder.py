@@ -23,7 +23,7 @@ def _outlives_the_job(folder: str) -> str:
             f"{folder} lies in Ray's copy of the job's --working-dir, which Ray deletes; "
             "give an absolute path on a disk that stays, best one that all nodes share"
         )
-    return folder
+    return str(Path(folder).expanduser())  # a shell does that for options; in YAML it is left to us
 
 
 ResultFolder = Annotated[str, AfterValidator(_outlives_the_job)]

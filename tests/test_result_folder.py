@@ -66,3 +66,8 @@ def test_elsewhere_relative_folders_are_fine(
     monkeypatch.chdir(copy)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     assert getattr(parse(section, {**values, key: "tuned"}), key) == "tuned"
+
+
+@pytest.mark.parametrize(("section", "key", "values"), FOLDERS)
+def test_the_home_folder_may_be_written_as_a_tilde(section: type[Settings], key: str, values: dict[str, Any]) -> None:
+    assert getattr(parse(section, {**values, key: "~/tuned"}), key) == str(Path.home() / "tuned")

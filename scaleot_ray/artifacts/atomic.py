@@ -30,7 +30,7 @@ def atomic_directory(directory: str | Path, needed: int, marker: str, overwrite:
         ResourcesMissing: the disk has less room than needed, before or while writing.
     """
     target = Path(directory).resolve()
-    _check_target(target, marker, overwrite)
+    check_replaceable(target, marker, overwrite)
     free = _free_bytes(target)
     if free < needed:
         raise _no_room(target, needed, free)
@@ -42,7 +42,7 @@ def atomic_directory(directory: str | Path, needed: int, marker: str, overwrite:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
-        _check_target(target, marker, overwrite)
+        check_replaceable(target, marker, overwrite)
         _swap(partial, target, replaced)
         _flush(target.parent)
     except OSError as error:
@@ -65,7 +65,12 @@ def _remove(partial: Path, replaced: Path, target: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _check_target(target: Path, marker: str, overwrite: bool) -> None:
+def check_replaceable(target: Path, marker: str, overwrite: bool) -> None:
+    """Refuses to write where something is that :func:`atomic_directory` would not replace.
+
+    Raises:
+        ConfigError: the directory exists and ``overwrite`` is off, or it is something else.
+    """
     if not os.path.lexists(target):
         return
     if not overwrite:

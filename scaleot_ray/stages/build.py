@@ -11,9 +11,10 @@ from typing import Any
 
 from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.atomic import check_replaceable
 from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
+from scaleot_ray.artifacts.manifest import MANIFEST_FILE, EmulatorContent, Manifest
 from scaleot_ray.artifacts.provenance import licence_notice, model_name
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
@@ -93,6 +94,8 @@ def build(
     seconds: dict[str, float] = {}
     if output.exists() and not (resume or overwrite):
         raise ConfigError(f"output: {output} exists already.", "Give another folder, or --overwrite.")
+    if overwrite:
+        check_replaceable(output, MANIFEST_FILE, overwrite)  # before hours are spent on what could not be written
     with _timed(seconds, "load"):
         base = model if isinstance(model, BaseModel) else load_base_model(model)
         # Before hours are spent on stage 1. A privacy level chooses α and β after it, but not the plug-in layers.

@@ -11,10 +11,11 @@ from typing import Any
 
 from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.atomic import check_replaceable
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import EmulatorContent, MetricsContent
+from scaleot_ray.artifacts.manifest import MANIFEST_FILE, EmulatorContent, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data import HoldOut, TokenBatches, padding_id, token_examples
@@ -122,6 +123,10 @@ def tune_emulator(
         raise ConfigError(
             f"output: {output} holds the result of another tuning.", "Give another folder, or --overwrite."
         )
+    for part in _PARTS:
+        check_replaceable(
+            output / part, MANIFEST_FILE, overwrite
+        )  # before hours are spent on what could not be written
     content = emulator_content(emulator.manifest)
     model = assemble(emulator, resolve_device(device))
     tokenizer = load_tokenizer(emulator.files)

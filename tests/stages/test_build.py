@@ -144,6 +144,15 @@ def test_an_existing_output_is_kept(built: Built, tmp_path: Path) -> None:
         again(built, tmp_path / "e")
 
 
+def test_what_is_no_artefact_is_never_overwritten_and_that_shows_early(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    heard: list[Progress] = []
+    with pytest.raises(ConfigError, match=r"exists and holds no manifest.json, so it is not overwritten"):
+        again(built, tmp_path, overwrite=True, on_progress=heard.append)
+    assert not heard
+    assert (tmp_path / "thesis.txt").exists()
+
+
 def test_stopped_after_writing_the_same_command_finds_its_own(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,16 @@ def test_another_result_is_not_overwritten_unasked(built: Built, tmp_path: Path,
     assert tuned(built, tmp_path, overwrite=True, **changes).delta.digest != first.delta.digest
 
 
+def test_what_is_no_result_is_never_overwritten_and_that_shows_early(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "delta").mkdir()
+    (tmp_path / "delta" / "thesis.txt").write_text("years of work")
+    heard: list[Progress] = []
+    with pytest.raises(ConfigError, match=r"delta: exists and holds no manifest.json, so it is not overwritten"):
+        tuned(built, tmp_path, overwrite=True, on_progress=heard.append)
+    assert not heard
+    assert (tmp_path / "delta" / "thesis.txt").exists()
+
+
 def test_a_damaged_result_is_made_again(built: Built, tmp_path: Path) -> None:
     first = tuned(built, tmp_path)
     (tmp_path / "delta" / "tensors.safetensors").write_bytes(b"broken")
