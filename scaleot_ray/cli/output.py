@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import typer
 
 from scaleot_ray.cli.failure import Failure, explain, trace
-from scaleot_ray.federation.interruption import interruptible
+from scaleot_ray.interruption import interruptible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,6 @@ from scaleot_ray.config import DataSettings, RunSettings
 from scaleot_ray.families.size import model_size
 from scaleot_ray.federation.data_check import check_data, check_rows
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.interruption import interruptible
 from scaleot_ray.federation.machine import this_machine
 from scaleot_ray.federation.needs import run_needs
 from scaleot_ray.federation.phases import Phases
@@ -17,6 +16,7 @@ from scaleot_ray.federation.preflight import preflight
 from scaleot_ray.federation.processes import PeakMemory
 from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.session import local_ray, ray_is_given
+from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress
 
 _AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."
