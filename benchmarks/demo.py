@@ -1,4 +1,4 @@
-"""``python -m benchmarks.demo``: the demo from an empty folder, and its report as it may be committed."""
+"""``python -m benchmarks.demo``: the demo from an empty folder, its table, and its report as it may be committed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from benchmarks.command import exit_code_of, portable_command
 from benchmarks.environment import environment, now
 from scaleot_ray.cli.bars import ProgressBars
 from scaleot_ray.cli.demo import demo_settings, forget
-from scaleot_ray.cli.output import finite
+from scaleot_ray.cli.output import console, finite
+from scaleot_ray.cli.run import show_report
 from scaleot_ray.stages.record import write_record
 
 SCHEMA = 1
@@ -33,14 +34,19 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `scaleot demo --set`")
     options = parser.parse_args(given)
 
+    from scaleot_ray.artifacts.audit import AuditLog
+    from scaleot_ray.federation.folder import RunFolder
     from scaleot_ray.federation.run import run_local
 
     made = environment()
     settings = demo_settings(options.model, Path(options.output), options.set)
     forget(Path(options.output))
+    audit = AuditLog(RunFolder(Path(options.output)).audit)
+    before = len(audit.read())
     with ProgressBars() as bars:
-        report = run_local(settings, on_progress=bars)
-    write_record(options.json, committed(report.as_json(), given, made))
+        report = run_local(settings, on_progress=bars).as_json()
+    write_record(options.json, committed(report, given, made))
+    show_report(console(sys.stdout), report, audit.read()[before:])
     return 0
 
 

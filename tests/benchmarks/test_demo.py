@@ -20,7 +20,7 @@ SMALL = (
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("connected_ray")
-def test_the_report_is_written_without_paths(tmp_path: Path) -> None:
+def test_the_report_is_written_without_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "run")]
     for item in SMALL:
@@ -32,6 +32,7 @@ def test_the_report_is_written_without_paths(tmp_path: Path) -> None:
     assert whole["model"] == str(tmp_path / "model")
     assert found["report"] == {**whole, "model": "model", "directory": "run", "audit": "audit.jsonl"}
     assert found["report"]["tenants"][0]["emulator_tuned"] > 0
+    assert "emulator zero-shot" in capsys.readouterr().out
 
 
 def test_the_report_is_committed_with_its_command_and_environment(tmp_path: Path) -> None:
