@@ -123,10 +123,8 @@ def tune_emulator(
         raise ConfigError(
             f"output: {output} holds the result of another tuning.", "Give another folder, or --overwrite."
         )
-    for part in _PARTS:
-        check_replaceable(
-            output / part, MANIFEST_FILE, overwrite
-        )  # before hours are spent on what could not be written
+    for part in _PARTS:  # now, before hours are spent on what could not be written
+        check_replaceable(output / part, MANIFEST_FILE, overwrite)
     content = emulator_content(emulator.manifest)
     model = assemble(emulator, resolve_device(device))
     tokenizer = load_tokenizer(emulator.files)
