@@ -88,12 +88,20 @@ class StageOneSettings(Settings):
     """Stage 1: harmonizers and layer scores by Dynamic LayerReplace (ScaleOT §3.2)."""
 
     harmonizer_rank: int = Field(128, ge=2, description="hidden units of a harmonizer, r in W_down ∈ R^{r×d}")
-    activation: Literal["silu", "gelu", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "relu", "identity"] = Field(
+        "silu", description="identity: harmonizers are linear maps of rank harmonizer_rank"
+    )
     start: Literal["closed_form", "random"] = Field(
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
     )
     start_tokens: int = Field(
         16384, ge=1, description="public tokens of the closed-form start and of activation-aware compression"
+    )
+    generated_tokens: int = Field(
+        32768,
+        ge=0,
+        description="tokens of text that the model generates itself; every second batch of stage 1 and of the "
+        "emulator's fit comes from it, since nobody knows the data owners' domains; 0: public text alone",
     )
     score_start: Literal["single_layer", "zero"] = Field(
         "single_layer",
@@ -136,8 +144,10 @@ class EmulatorSettings(Settings):
     plug_in_layers: int = Field(
         4, ge=1, description="N_a, layers the data owner tunes; with 1 the model's last layer is never replaced"
     )
-    layout: Literal["ends", "spread"] = Field(
-        "ends", description="ends: first and last N_a/2 layers; spread: evenly over the depth (CRaSh)"
+    layout: Literal["ends", "spread", "last"] = Field(
+        "ends",
+        description="where the plug-in layers are. ends: the first and last N_a/2 layers; spread: evenly over the "
+        "depth (CRaSh); last: the last N_a layers",
     )
     alpha: Number = Field(0.5, ge=0, le=1, description="fraction of the middle layers that is replaced, rounded up")
     beta: Number = Field(0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights")
@@ -148,6 +158,12 @@ class EmulatorSettings(Settings):
         "activation_aware",
         description="activation_aware: least error on the inputs that public text causes; svd: the paper's "
         "(and what uniform_drop uses, which has seen no text)",
+    )
+    fit_tokens: int = Field(
+        65536,
+        ge=0,
+        description="public tokens on which harmonizers and compressed attention are fitted once more, in order of "
+        "depth, each on what the emulator itself passes on; 0: not at all, as in the paper",
     )
     builder: Literal["scaleot", "uniform_drop"] = "scaleot"
     allow_unprotected: bool = Field(
@@ -163,6 +179,49 @@ class EmulatorSettings(Settings):
                 f"{'is' if len(beside) == 1 else 'are'} given too; leave out privacy, or alpha and beta"
             )
         return self
+
+
+PAPER: dict[str, dict[str, Any]] = {
+    "stage_one": {
+        "activation": "silu",
+        "start": "random",
+        "score_start": "zero",
+        "objective": "lm",
+        "masked_fraction": 0.5,
+        "generated_tokens": 0,
+    },
+    "emulator": {"layout": "ends", "compression": "svd", "fit_tokens": 0},
+}
+"""ScaleOT as its paper (arXiv 2412.09812) describes it; what it does not say (steps, rates, ranks) stays ours."""
+
+
+class OwnerSettings(Settings):
+    """What a model owner decides, whichever command builds the emulator."""
+
+    model: ModelSettings
+    public: DataSettings = Field(description="the model owner's public text: stage 1 and the loss margin")
+    stage_one: StageOneSettings = StageOneSettings()
+    emulator: EmulatorSettings = EmulatorSettings()
+    recipe: Literal["default", "paper"] = Field(
+        "default",
+        description="paper: what stage_one and emulator do not say follows the ScaleOT paper instead of what was found "
+        "to work best",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("recipe") != "paper":
+            return values
+        given = {name: values.get(name) or {} for name in PAPER}
+        sections = {
+            name: section.model_dump(exclude_unset=True) if isinstance(section, Settings) else section
+            for name, section in given.items()
+        }
+        return {
+            **values,
+            **{name: {**PAPER[name], **found} for name, found in sections.items() if isinstance(found, dict)},
+        }
 
 
 class TuneSettings(Settings):
@@ -232,13 +291,9 @@ class TenantSettings(Settings):
     )
 
 
-class RunSettings(Settings):
+class RunSettings(OwnerSettings):
     """A whole run in the environment ``local``: one owner, its emulator, several data owners."""
 
-    model: ModelSettings
-    public: DataSettings = Field(description="the model owner's public text: stage 1 and the loss margin")
-    stage_one: StageOneSettings = StageOneSettings()
-    emulator: EmulatorSettings = EmulatorSettings()
     tune: TuneSettings = TuneSettings()
     tenants: tuple[TenantSettings, ...] = Field(min_length=1)
     output: ResultFolder = Field(

@@ -11,10 +11,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scaleot_ray.cli.settings import BuildSettings
 from scaleot_ray.config import (
     DataSettings,
     EmulatorSettings,
     ModelSettings,
+    OwnerSettings,
     RunSettings,
     StageOneSettings,
     TuneSettings,
@@ -384,3 +386,33 @@ def test_every_field_that_needs_words_has_them() -> None:
     for section in sections:
         for name, field in section.model_fields.items():
             assert field.description or name in plain, f"{section.__name__}.{name} has no description"
+
+
+@pytest.mark.parametrize("section", [RunSettings, BuildSettings])
+def test_the_papers_recipe_is_one_key(section: type[OwnerSettings]) -> None:
+    plain: dict[str, Any] = {"model": {"path": "m"}, "public": {"path": "p"}, "output": "o"}
+    if section is RunSettings:
+        data = {"path": "d"}
+        plain["tenants"] = [{"name": "a", "train": data, "test": data}]
+    default, paper = parse(section, plain), parse(section, {**plain, "recipe": "paper"})
+    stage_one, emulator = paper.stage_one, paper.emulator
+    assert (stage_one.start, stage_one.score_start, stage_one.objective) == ("random", "zero", "lm")
+    assert (stage_one.activation, stage_one.masked_fraction, stage_one.generated_tokens) == ("silu", 0.5, 0)
+    assert (emulator.compression, emulator.fit_tokens, emulator.layout) == ("svd", 0, "ends")
+    # What the paper does not say is as it is otherwise.
+    assert stage_one.steps == default.stage_one.steps
+    assert (emulator.alpha, emulator.beta) == (default.emulator.alpha, default.emulator.beta)
+    assert default.stage_one.start == "closed_form"
+    # What is said oneself counts.
+    own = parse(
+        section, {**plain, "recipe": "paper", "stage_one": {"objective": "distill"}, "emulator": {"alpha": 0.3}}
+    )
+    assert (own.stage_one.objective, own.stage_one.start) == ("distill", "random")
+    assert (own.emulator.alpha, own.emulator.compression) == (0.3, "svd")
+    typed = parse(section, {**plain, "recipe": "paper", "emulator": EmulatorSettings(fit_tokens=64)})
+    assert (typed.emulator.fit_tokens, typed.emulator.compression) == (64, "svd")
+
+
+def test_an_unknown_recipe_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"recipe.*'papr'"):
+        parse(BuildSettings, {"model": {"path": "m"}, "public": {"path": "p"}, "output": "o", "recipe": "papr"})

@@ -42,8 +42,8 @@ def write_tiny_run(folder: Path, **changes: Any) -> RunSettings:
     values: dict[str, Any] = {
         "model": {"path": str(folder / "model"), "device": "cpu"},
         "public": {"path": str(folder / "public.jsonl")},
-        "stage_one": {"steps": 6, "block_size": 32, "harmonizer_rank": 4, "start_tokens": 512},
-        "emulator": {"alpha": 0.5, "beta": 0.8, "plug_in_layers": 2},
+        "stage_one": {"steps": 6, "block_size": 32, "harmonizer_rank": 4, "start_tokens": 512, "generated_tokens": 512},
+        "emulator": {"alpha": 0.5, "beta": 0.8, "plug_in_layers": 2, "fit_tokens": 1024},
         "tune": {"steps": 20, "block_size": 32, "learning_rate": 1e-3},
         "tenants": [
             {

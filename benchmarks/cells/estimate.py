@@ -60,11 +60,12 @@ def task_tokens(base: BaseModel, train: DataSettings, test: DataSettings, tune: 
 
 
 def cell_minutes(cell: Cell, tokens: TaskTokens, layers: int) -> float:
-    """Minutes of one cell: its emulator tuned, and measured before, after and plugged in."""
+    """Minutes of one cell: its emulator fitted, tuned, and measured before, after and plugged in."""
     middle = len(middle_layers(layers, plug_in_positions(layers, cell.emulator.plug_in_layers)))
     share = 1 - replaced_count(middle, cell.emulator.alpha) / layers
     tuning = share * tokens.tuning / FORWARD_BACKWARD
-    return (tuning + (2 * share + 1) * tokens.evaluation / FORWARD) / 60
+    fit = cell.emulator.fit_tokens if cell.trains_harmonizers else 0
+    return (tuning + (fit + (2 * share + 1) * tokens.evaluation) / FORWARD) / 60
 
 
 def full_minutes(tokens: TaskTokens) -> float:
@@ -79,7 +80,7 @@ def stage_one_minutes(settings: StageOneSettings, layers: int) -> float:
     teacher = settings.steps * batch if settings.objective == "distill" else 0
     candidates = settings.steps // settings.score_every * settings.candidates * batch / 2
     held_out = 3 * HELD_OUT * settings.block_size
-    forward = settings.start_tokens + damage + teacher + candidates + held_out
+    forward = settings.generated_tokens + settings.start_tokens + damage + teacher + candidates + held_out
     return (forward / FORWARD + settings.steps * batch / 2 / FORWARD_BACKWARD) / 60
 
 

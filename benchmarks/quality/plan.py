@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.cells.cell import Cell
 from benchmarks.cells.tasks import Task
-from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings
+from scaleot_ray.config import PAPER, EmulatorSettings, StageOneSettings, TuneSettings
 from scaleot_ray.errors import ConfigError
 
 TASKS = ("arc_easy", "openbookqa", "sst2", "wikitext2")
@@ -16,7 +16,7 @@ TASKS = ("arc_easy", "openbookqa", "sst2", "wikitext2")
 STAGE_ONE: dict[str, dict[str, Any]] = {
     "closed_form": {},
     "random_start": {"start": "random"},
-    "paper": {"start": "random", "score_start": "zero", "objective": "lm"},
+    "paper": PAPER["stage_one"],
 }
 """The ScaleOT variants, by what differs from this package's defaults in stage 1."""
 
@@ -35,15 +35,19 @@ class Budget:
     Attributes:
         steps: optimizer steps of each tuning run.
         stage_one_steps: harmonizer steps of stage 1.
+        generated_tokens: text that the model generates for stage 1 and the fit.
+        fit_tokens: public text that the finished emulator is fitted on.
         test_share: share of each task's test rows (``Task.test_rows``) that is evaluated.
     """
 
     steps: int
     stage_one_steps: int
+    generated_tokens: int
+    fit_tokens: int
     test_share: float
 
 
-BUDGETS = {"full": Budget(100, 120, 1.0), "small": Budget(30, 40, 0.25)}
+BUDGETS = {"full": Budget(100, 120, 32_768, 65_536, 1.0), "small": Budget(30, 40, 8_192, 16_384, 0.25)}
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class Choice:
             # Uniform LayerDrop has no randomness, so seeds share it.
             emulator_label=label + ("" if self.variant == "uniform_drop" else f"-seed{self.seed}"),
             public="wikitext2",
-            stage_one=self.stage_one(budget.stage_one_steps, context(PUBLIC_BLOCK)),
-            emulator=self.emulator(),
+            stage_one=self.stage_one(budget, context(PUBLIC_BLOCK)),
+            emulator=self.emulator(budget),
             tune=TuneSettings(
                 steps=budget.steps,
                 batch_size=self.task.batch_size,
@@ -123,23 +127,28 @@ class Choice:
             },
         )
 
-    def stage_one(self, steps: int, block_size: int) -> StageOneSettings:
+    def stage_one(self, budget: Budget, block_size: int) -> StageOneSettings:
         """Settings of stage 1: ``random_start`` differs from ``closed_form`` in the harmonizers' start alone.
 
         Uniform LayerDrop has no stage 1; its settings only say on which public text losses are measured.
         """
         if self.variant == "uniform_drop":
             return StageOneSettings(block_size=block_size)
-        return StageOneSettings(steps=steps, block_size=block_size, seed=self.seed, **STAGE_ONE[self.variant])
+        values = {"steps": budget.stage_one_steps, "generated_tokens": budget.generated_tokens}
+        values |= {"block_size": block_size, "seed": self.seed, **STAGE_ONE[self.variant]}
+        return StageOneSettings(**values)
 
-    def emulator(self) -> EmulatorSettings:
+    def emulator(self, budget: Budget) -> EmulatorSettings:
         """Settings of the emulator."""
+        values: dict[str, Any] = {"fit_tokens": budget.fit_tokens}
+        if self.variant == "paper":
+            values |= PAPER["emulator"]
         return EmulatorSettings(
             plug_in_layers=self.triplet.plug_in_layers,
             alpha=self.triplet.alpha,
             beta=self.triplet.beta,
-            compression="svd" if self.variant == "paper" else "activation_aware",
             builder="uniform_drop" if self.variant == "uniform_drop" else "scaleot",
+            **values,
         )
 
 

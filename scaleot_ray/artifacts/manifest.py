@@ -102,7 +102,7 @@ class EmulatorContent(_Checked):
 
     Attributes:
         plug_in_layers: N_a; ``alpha``: fraction of the middle layers replaced; ``beta``: rank reduction.
-        layout: where the plug-in layers lie, ``ends`` or ``spread``.
+        layout: where the plug-in layers lie: ``ends``, ``spread`` or ``last``.
         layer_map: one role per decoder layer: ``plug_in``, ``kept``, ``replaced`` or ``dropped``.
         full_parameters, full_bytes: size of the full model.
         verbatim_parameters: parameters of the full model that are in the emulator unchanged.
@@ -111,7 +111,9 @@ class EmulatorContent(_Checked):
         protected: False for one that was built to hide nothing; the gate never lets it pass.
         compression: what kept layers' attention is cut in rank by, ``activation_aware`` or ``svd``; None
             where nothing is cut.
-        stage_one: None where the builder needs no stage 1. Manifests of before have neither of the two.
+        stage_one: None where the builder needs no stage 1.
+        fit_tokens: public tokens that the finished emulator was fitted on in order of depth; 0 where it was not.
+            Manifests of before have none of the three.
     """
 
     plug_in_layers: Annotated[int, Field(ge=1)]
@@ -130,6 +132,7 @@ class EmulatorContent(_Checked):
     protected: bool
     compression: Word | None = None
     stage_one: StageOneSpec | None = None
+    fit_tokens: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("full_loss", "emulator_loss", mode="before")
     @classmethod

@@ -37,9 +37,12 @@ def build_command(
     alpha: Annotated[float | None, typer.Option(help="Fraction α of the middle layers to replace, 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Rank reduction β of the kept layers' attention, 0 to 1.")] = None,
     plug_in_layers: Annotated[int | None, typer.Option(help="How many layers data owners tune, N_a.")] = None,
-    layout: Annotated[str | None, typer.Option(help="Where the plug-in layers are: ends or spread.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Where the plug-in layers are: ends, spread or last.")] = None,
     privacy: Annotated[
         str | None, typer.Option(help="low, medium or high: chooses α and β from what must stay hidden.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="paper: the ScaleOT paper's own choices; default: the best found.")
     ] = None,
     builder: Annotated[str | None, typer.Option(help="scaleot (default) or uniform_drop, for comparison.")] = None,
     cache: Annotated[
@@ -76,7 +79,7 @@ def build_command(
             ),
             "output": output,
             "overwrite": overwrite,
-            **given(cache=cache),
+            **given(cache=cache, recipe=recipe),
         }
         build_emulator(parse(BuildSettings, override(values, overrides), "scaleot build"), out)
 

@@ -11,11 +11,10 @@ from pydantic import Field
 
 from scaleot_ray.config import (
     DataSettings,
-    EmulatorSettings,
     ModelSettings,
     Number,
+    OwnerSettings,
     Settings,
-    StageOneSettings,
     TuneSettings,
 )
 from scaleot_ray.result_folder import ResultFolder
@@ -23,13 +22,9 @@ from scaleot_ray.result_folder import ResultFolder
 RowName = Literal["full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned"]
 
 
-class BuildSettings(Settings):
+class BuildSettings(OwnerSettings):
     """``scaleot build`` and ``jobs/build_emulator.py``: a base model and public text → an emulator."""
 
-    model: ModelSettings
-    public: DataSettings = Field(description="public text: stage 1 and the loss margin")
-    stage_one: StageOneSettings = StageOneSettings()
-    emulator: EmulatorSettings = EmulatorSettings()
     output: ResultFolder = Field(description="folder the emulator artefact is written to; what a data owner receives")
     cache: ResultFolder | None = Field(
         None, description="folder of stage-1 results and checkpoints; stays with the model owner; default: OUTPUT-cache"

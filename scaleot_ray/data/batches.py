@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from scaleot_ray.errors import DataError
 
 Batch = dict[str, Tensor]
 _Packed = tuple[Tensor, Tensor]  # token ids and labels of one sequence, int32
+
+
+class Batches(Protocol):
+    """Endless reproducible batches that can begin at any of them."""
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """``input_ids``, ``attention_mask``, ``labels``, each (batch, time), from batch ``start`` on."""
+        ...
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -113,6 +121,25 @@ class TokenBatches:
         if self._shuffle:
             order.shuffle(indices)
         return (held[index] for index in indices)
+
+
+class AlternatingBatches:
+    """Batches of several endless sources in turn.
+
+    Args:
+        sources: e.g. :class:`TokenBatches`.
+    """
+
+    def __init__(self, *sources: Batches) -> None:
+        self._sources = sources
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Batches from index ``start`` on: the same ones that follow when the first ``start`` are drawn."""
+        number = len(self._sources)
+        rounds, ahead = divmod(start, number)
+        streams = [source.batches(rounds + (place < ahead)) for place, source in enumerate(self._sources)]
+        for index in itertools.count(start):
+            yield next(streams[index % number])
 
 
 def fixed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from scaleot_ray.emulator.layer_map import (
 )
 from scaleot_ray.emulator.layer_replace import candidate_layers
 from scaleot_ray.emulator.rank_compression import compress
+from scaleot_ray.emulator.sequential_fit import SequentialFit
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
@@ -54,6 +55,7 @@ def build_emulator(
     settings: EmulatorSettings,
     facts: FullModelFacts,
     held_out: Sequence[Batch] = (),
+    public: Iterable[Batch] | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Artifact, LossScore | None]:
     """An emulator artefact for the triplet (N_a, α, β) of ``settings``, and its loss on held-out text.
@@ -66,7 +68,9 @@ def build_emulator(
         settings: the triplet, the layout, the builder.
         facts: digest and held-out loss of the full model.
         held_out: public batches on which the emulator's loss is measured.
-        on_progress: hears of ``compress`` and ``measure emulator``.
+        public: public batches that the finished emulator is fitted on, as many as ``settings.fit_tokens`` asks for;
+            None leaves it unfitted.
+        on_progress: hears of ``compress``, ``measure emulator``, ``fit in order`` and ``measure fit``.
 
     Returns:
         The artefact, and its loss block by block; None where no text is held out.
@@ -77,7 +81,7 @@ def build_emulator(
     check_triplet(layer_count(base.model.config), settings)
     roles = choose_layers(layer_count(base.model.config), stage_one, settings)
     hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))
-    tensors, verbatim = _tensors(base, stage_one, roles, settings, on_progress)
+    tensors = _tensors(base, stage_one, roles, settings, on_progress)
     full_parameters = sum(parameter.numel() for parameter in base.model.parameters())
     content = EmulatorContent(
         plug_in_layers=settings.plug_in_layers,
@@ -88,7 +92,7 @@ def build_emulator(
         builder=settings.builder,
         harmonizer=_harmonizer_spec(stage_one, roles),
         full_parameters=full_parameters,
-        verbatim_parameters=verbatim,
+        verbatim_parameters=verbatim_parameters(base, roles, settings.beta),
         full_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         base_digest=facts.digest,
         full_loss=facts.score.value if facts.score is not None else None,
@@ -98,10 +102,21 @@ def build_emulator(
         stage_one=_stage_one_spec(stage_one),
     )
     score = None
+    dtype, device = base.model.dtype, next(base.model.parameters()).device
     if held_out:
-        dtype, device = base.model.dtype, next(base.model.parameters()).device
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
         score = evaluate_loss(emulator, held_out, None, on_progress, "measure emulator")
+    if stage_one is not None and settings.fit_tokens and public is not None:
+        emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
+        fit = SequentialFit(base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge)
+        fit.run(_at_least(settings.fit_tokens, public), on_progress)
+        fitted = evaluate_loss(emulator, held_out, None, on_progress, "measure fit") if held_out else None
+        # Little or monotonous text can make a fit that is worse on all other text.
+        if score is None or fitted is None or fitted.value < score.value:
+            score = fitted
+            tensors |= fit.tensors()
+            content = content.model_copy(update={"fit_tokens": settings.fit_tokens})
+    if score is not None:
         content = content.model_copy(update={"emulator_loss": score.value})
     artifact = Artifact.create(
         "emulator",
@@ -186,10 +201,40 @@ def _stage_one_spec(stage_one: StageOne | None) -> StageOneSpec | None:
     return StageOneSpec(start=settings.start, objective=settings.objective, steps=stage_one.step)
 
 
+def _at_least(tokens: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The first batches that together have so many tokens."""
+    for batch in batches:
+        if tokens <= 0:
+            return
+        yield batch
+        tokens -= int(batch["attention_mask"].sum())
+
+
 def _compression(stage_one: StageOne | None, roles: Iterable[LayerRole], settings: EmulatorSettings) -> str | None:
     if settings.beta == 0 or LayerRole.KEPT not in set(roles):
         return None
     return settings.compression if stage_one is not None else "svd"  # who has seen no text has no moments
+
+
+def verbatim_parameters(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> int:
+    """How many of the full model's numbers an emulator has unchanged."""
+    return sum(tensor.numel() for tensor in _verbatim(base, roles, beta).values())
+
+
+def _verbatim(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> dict[str, torch.Tensor]:
+    """The model's own tensors that leave as they are."""
+    model, family = base.model, base.family
+    prefixes = {family.layer_prefix(index): role for index, role in enumerate(roles)}
+    attention = {projection.path + ".weight" for projection in family.attention}
+    tensors: dict[str, torch.Tensor] = {}
+    # Tied parameters come once under their first name; tying again at the other end restores the rest.
+    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        role = prefixes.get(prefix)
+        compressed = role is LayerRole.KEPT and beta > 0 and name.removeprefix(prefix) in attention
+        if role not in (LayerRole.REPLACED, LayerRole.DROPPED) and not compressed:
+            tensors[name] = tensor.detach()
+    return tensors
 
 
 def _tensors(
@@ -198,30 +243,21 @@ def _tensors(
     roles: Sequence[LayerRole],
     settings: EmulatorSettings,
     on_progress: OnProgress | None,
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Everything that leaves, and how many of its numbers are the model's own."""
-    model, family = base.model, base.family
-    prefixes = {family.layer_prefix(index): index for index in range(len(roles))}
-    gone = {index for index, role in enumerate(roles) if role in (LayerRole.REPLACED, LayerRole.DROPPED)}
-    tensors: dict[str, torch.Tensor] = {}
-    # Tied parameters come once under their first name; tying again at the other end restores the rest.
-    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
-        index = next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None)
-        if index not in gone:
-            tensors[name] = tensor.detach()
-    verbatim = set(tensors)
+) -> dict[str, torch.Tensor]:
+    """Everything that leaves."""
+    tensors = _verbatim(base, roles, settings.beta)
     if settings.beta > 0:
         kept = positions(roles, LayerRole.KEPT)
         moments = stage_one if settings.compression == "activation_aware" else None
         meter = ProgressMeter("compress", len(kept), on_progress)
         for index in kept:
-            verbatim -= _compress_layer(base, index, tensors, settings.beta, moments)
+            tensors |= _compressed_attention(base, index, settings.beta, moments)
             meter.advance()
     for index in positions(roles, LayerRole.REPLACED):
         assert stage_one is not None
         for name, value in stage_one.harmonizers[index].items():
-            tensors[family.layer_prefix(index) + name] = value.to(model.dtype)
-    return tensors, sum(tensors[name].numel() for name in verbatim if name in tensors)
+            tensors[base.family.layer_prefix(index) + name] = value.to(base.model.dtype)
+    return tensors
 
 
 def _persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -229,12 +265,12 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
-def _compress_layer(
-    base: BaseModel, index: int, tensors: dict[str, torch.Tensor], beta: float, moments: StageOne | None
-) -> set[str]:
-    """Replaces a kept layer's attention weights by factors; returns the names that are no longer raw."""
+def _compressed_attention(
+    base: BaseModel, index: int, beta: float, moments: StageOne | None
+) -> dict[str, torch.Tensor]:
+    """A kept layer's attention weights as factors, or as the product of these where that is smaller."""
     layer, prefix = base.family.layers(base.model)[index], base.family.layer_prefix(index)
-    changed = set()
+    tensors: dict[str, torch.Tensor] = {}
     for projection in base.family.attention:
         name = prefix + projection.path
         module = layer.get_submodule(projection.path)
@@ -242,9 +278,7 @@ def _compress_layer(
         rows = projection.parts(base.model.config) if projection.parts else None
         moment = moments.moment(index, projection.path) if moments is not None else None
         factors, size = compress(weight, beta, rows, moment)
-        changed.add(name + ".weight")
         if size <= weight.numel():
-            del tensors[name + ".weight"]
             tensors[name + ".down"] = torch.cat([down for _, down in factors])
             for part, (up, _) in enumerate(factors):
                 tensors[f"{name}.up.{part}"] = up
@@ -254,4 +288,4 @@ def _compress_layer(
             for (up, down), part_rows in zip(factors, rows or [torch.arange(len(weight))], strict=True):
                 product[part_rows] = up @ down
             tensors[name + ".weight"] = as_stored(module, product)
-    return changed
+    return tensors

@@ -11,7 +11,12 @@ from torch import nn
 
 from scaleot_ray.families import Family
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+}
 
 
 class Harmonizer(nn.Module):
@@ -23,7 +28,7 @@ class Harmonizer(nn.Module):
     Args:
         hidden_size: width d of the residual stream.
         rank: hidden units r.
-        activation: ``silu``, ``gelu`` or ``relu``.
+        activation: ``silu``, ``gelu`` or ``relu``; ``identity`` makes it a linear map of rank r.
         returns_tuple: return ``(hidden_states, None)``, as the family's layers do.
     """
 
@@ -38,11 +43,19 @@ class Harmonizer(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
+    @property
+    def linear(self) -> bool:
+        """Whether it is a linear map."""
+        return isinstance(self.act, nn.Identity)
+
+    def inner(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden units act(W_down x + b_d) (…, r)."""
+        # In stage 1 harmonizers learn in float32, whatever the type of the model around them.
+        return self.act(self.down(hidden_states.to(self.down.weight.dtype)))
+
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Hidden states (batch, time, d) to the same shape; what else a decoder layer takes is ignored."""
-        # In stage 1 harmonizers learn in float32, whatever the type of the model around them.
-        inner = self.act(self.down(hidden_states.to(self.down.weight.dtype)))
-        output = hidden_states + self.up(inner).to(hidden_states.dtype)
+        output = hidden_states + self.up(self.inner(hidden_states)).to(hidden_states.dtype)
         return (output, None) if self.returns_tuple else output
 
 

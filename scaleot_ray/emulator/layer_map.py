@@ -30,7 +30,8 @@ def plug_in_positions(layers: int, count: int, layout: str = "ends") -> tuple[in
         count: number of plug-in layers N_a.
         layout: ``ends`` for the first ⌈N_a/2⌉ and last ⌊N_a/2⌋ layers (Offsite-Tuning, arXiv
             2302.04870), ``spread`` for an even spacing from the first to the last layer (CRaSh, arXiv
-            2310.15477).
+            2310.15477), ``last`` for the last N_a layers (ours: what they learn hardly depends on how gradients
+            pass through the emulator's middle).
 
     Raises:
         ConfigError: there are not at least two middle layers left.
@@ -43,6 +44,8 @@ def plug_in_positions(layers: int, count: int, layout: str = "ends") -> tuple[in
     if layout == "ends":
         first = (count + 1) // 2
         return (*range(first), *range(layers - (count - first), layers))
+    if layout == "last":
+        return tuple(range(layers - count, layers))
     if count == 1:
         return (0,)
     return tuple(round(index * (layers - 1) / (count - 1)) for index in range(count))

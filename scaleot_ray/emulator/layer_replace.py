@@ -13,9 +13,9 @@ momentum run on; here gradients are None and Adam skips it.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from scaleot_ray.checkpoints import CheckpointPace
 from scaleot_ray.config import StageOneSettings
-from scaleot_ray.data.batches import Batch
+from scaleot_ray.data.batches import Batch, Batches
 from scaleot_ray.emulator.calibration import Calibration, calibrate
 from scaleot_ray.emulator.closed_form import fit_harmonizer
 from scaleot_ray.emulator.distillation import distillation_loss
@@ -33,14 +33,6 @@ from scaleot_ray.emulator.stage_one import StageOne, load_moments
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.families import Family, hidden_size, layer_count
 from scaleot_ray.progress import OnProgress, ProgressMeter
-
-
-class Batches(Protocol):
-    """Reproducible batches that can begin at any batch index (:class:`scaleot_ray.data.TokenBatches`)."""
-
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Endless batches of ``input_ids``, ``attention_mask``, ``labels`` (batch, time), from batch ``start``."""
-        ...
 
 
 def candidate_layers(layers: int) -> tuple[int, ...]:

@@ -16,10 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaleot_ray.artifacts import Artifact
-from scaleot_ray.artifacts.manifest import EmulatorContent
 from scaleot_ray.config import EmulatorSettings
-from scaleot_ray.data.batches import Batch
-from scaleot_ray.emulator.build import FullModelFacts, build_emulator, replaceable_layers
+from scaleot_ray.data.batches import Batch, Batches
+from scaleot_ray.emulator.build import (
+    FullModelFacts,
+    build_emulator,
+    choose_layers,
+    replaceable_layers,
+    verbatim_parameters,
+)
 from scaleot_ray.emulator.layer_map import replaced_count
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError, DataError
@@ -60,29 +65,33 @@ SEQUENCES = 8
 
 @dataclass(frozen=True)
 class Rung:
-    """One emulator that was tried: its settings and what was measured on it.
+    """One emulator of the ladder: its settings and what is known of it.
 
     Attributes:
         alpha, beta: fraction of replaced layers, rank reduction.
-        loss_margin: emulator loss − full loss on public held-out text, nats per token.
+        verbatim_share: share of the full model's parameters that leave unchanged; known before it is built.
+        loss_margin: emulator loss − full loss on public held-out text, nats per token. None where the verbatim
+            share alone ruled it out, so that it was not built.
         standard_error: of the margin, paired over the held-out sequences.
-        verbatim_share: share of the full model's parameters that leave unchanged.
     """
 
     alpha: float
     beta: float
-    loss_margin: float
-    standard_error: float
     verbatim_share: float
+    loss_margin: float | None = None
+    standard_error: float | None = None
 
     @property
-    def safe_margin(self) -> float:
+    def safe_margin(self) -> float | None:
         """What is compared with the bound: the margin less ``ERRORS`` standard errors."""
+        if self.loss_margin is None or self.standard_error is None:
+            return None
         return self.loss_margin - ERRORS * self.standard_error
 
     def meets(self, bounds: PrivacyLevel) -> bool:
         """Whether both bounds of a level are met."""
-        return self.safe_margin >= bounds.minimum_margin and self.verbatim_share <= bounds.maximum_verbatim
+        safe = self.safe_margin
+        return safe is not None and safe >= bounds.minimum_margin and self.verbatim_share <= bounds.maximum_verbatim
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,14 @@ def build_for_privacy(
     settings: EmulatorSettings,
     facts: FullModelFacts,
     held_out: Sequence[Batch],
+    public: Batches | None = None,
     on_progress: OnProgress | None = None,
 ) -> PrivacyResult:
     """The weakest emulator of the ladder that meets ``settings.privacy``; α and β of the settings are not used.
 
     Args:
         held_out: public batches on which ``facts.score`` was measured.
+        public: other public batches, on which each emulator is fitted; None leaves them unfitted.
 
     Raises:
         ConfigError: no emulator of the ladder meets the level; the message has the best reached.
@@ -126,28 +137,44 @@ def build_for_privacy(
     check_held_out(held_out, settings)
     bounds = LEVELS[settings.privacy]
     tried: list[Rung] = []
-    middle, possible = replaceable_layers(layer_count(base.model.config), settings)
+    layers = layer_count(base.model.config)
+    middle, possible = replaceable_layers(layers, settings)
     ladder = [(alpha, beta) for alpha, beta in LADDER if replaced_count(middle, alpha) <= possible]
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
     meter = ProgressMeter(f"privacy {settings.privacy}", len(ladder), on_progress)
     for alpha, beta in ladder:
         changed = settings.model_copy(update={"alpha": alpha, "beta": beta})
-        artifact, score = build_emulator(base, stage_one, changed, facts, held_out, on_progress)
-        content = artifact.manifest.content
-        assert isinstance(content, EmulatorContent)
+        share = verbatim_parameters(base, choose_layers(layers, stage_one, changed), beta) / parameters
+        if share > bounds.maximum_verbatim:
+            tried.append(Rung(alpha, beta, share))
+            meter.advance()
+            continue
+        artifact, score = build_emulator(
+            base, stage_one, changed, facts, held_out, public.batches() if public else None, on_progress
+        )
         assert score is not None
         margin, error = loss_margin(score, facts.score)
-        tried.append(Rung(alpha, beta, margin, error, content.verbatim_share))
-        meter.advance(loss=content.emulator_loss)
+        tried.append(Rung(alpha, beta, share, margin, error))
+        meter.advance(loss=score.value)
         if tried[-1].meets(bounds):
             return PrivacyResult(artifact, settings.privacy, bounds, tuple(tried))
-    best = max(tried, key=lambda rung: rung.safe_margin)
-    share = min(rung.verbatim_share for rung in tried)
+    best = max((rung for rung in tried if rung.safe_margin is not None), key=_safe_margin, default=None)
+    reached = (
+        "no emulator has so little"
+        if best is None
+        else f"at most {best.loss_margin:.2f} nats (standard error {best.standard_error:.2f})"
+    )
     raise ConfigError(
         f"emulator.privacy: {settings.privacy} asks for a loss margin of at least {bounds.minimum_margin} nats, "
-        f"{ERRORS:g} standard errors on the safe side, and at most {bounds.maximum_verbatim:.0%} verbatim; reached are "
-        f"at most {best.loss_margin:.2f} nats (standard error {best.standard_error:.2f}) and {share:.0%}.",
+        f"{ERRORS:g} standard errors on the safe side, and at most {bounds.maximum_verbatim:.0%} verbatim; reached "
+        f"are {reached} and {min(rung.verbatim_share for rung in tried):.0%}.",
         "Use fewer plug-in layers (emulator.plug_in_layers), a lower level, or name emulator.alpha and emulator.beta.",
     )
+
+
+def _safe_margin(rung: Rung) -> float:
+    assert rung.safe_margin is not None
+    return rung.safe_margin
 
 
 def check_held_out(held_out: Sequence[Batch], settings: EmulatorSettings) -> None:

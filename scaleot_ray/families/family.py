@@ -44,6 +44,8 @@ class Family:
         mlp: the MLP's projections.
         returns_tuple: whether a decoder layer returns ``(hidden_states, …)`` instead of a tensor.
         transposed: whether its projections are Conv1D, which store their weight as (in, out).
+        normed_attention: the ``config.model_type`` values whose attention output passes a norm before it joins
+            the residual stream.
     """
 
     name: str
@@ -53,6 +55,11 @@ class Family:
     mlp: tuple[Projection, ...]
     returns_tuple: bool = False
     transposed: bool = False
+    normed_attention: tuple[str, ...] = ()
+
+    def adds_attention_output(self, config: Any) -> bool:
+        """Whether what the output projection makes is added to the residual stream as it is."""
+        return config.model_type not in self.normed_attention
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order; replacing an entry replaces the layer."""

@@ -8,4 +8,5 @@ LLAMA = Family(
     layers_path="model.layers",
     attention=tuple(Projection(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     mlp=tuple(Projection(f"mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")),
+    normed_attention=("gemma2", "gemma3_text"),
 )

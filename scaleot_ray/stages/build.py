@@ -29,7 +29,7 @@ from scaleot_ray.families import layer_count
 from scaleot_ray.families.loading import BaseModel, load_base_model
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
-from scaleot_ray.stages.public_text import PublicText, read_public_text
+from scaleot_ray.stages.public_text import PublicText, read_public_text, with_generated
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import score_from_record, score_record
 
@@ -81,8 +81,8 @@ def build(
         audit: log of what leaves as a folder: the emulator then passes the gate before it is written, but
             for one that ``allow_unprotected`` let pass, which is written and must not be sent. None where
             something else takes it through the gate (a run's coordinator).
-        on_progress: hears of the stages ``calibrate``, ``layer damage``, ``stage 1``,
-            ``measure full model``, ``compress`` and ``measure emulator``.
+        on_progress: hears of the stages ``generate text``, ``calibrate``, ``layer damage``, ``stage 1``,
+            ``measure full model``, ``compress``, ``measure emulator``, ``fit in order`` and ``measure fit``.
 
     Raises:
         ConfigError: settings are out of range or hide nothing, or ``output`` exists.
@@ -125,14 +125,18 @@ def build(
     with _timed(seconds, "stage_one"):
         result, reused = None, False
         if emulator.builder == "scaleot":
+            if stage_one.generated_tokens:
+                text = with_generated(text, base, stage_one, folder, on_progress)
             result, reused = _stage_one(base, text, stage_one, folder, on_progress)
     with _timed(seconds, "emulator"):
         facts = FullModelFacts(base.digest, _full_score(base, text, folder, on_progress))
         reached = None
         if emulator.privacy is None:
-            artifact, _ = build_emulator(base, result, emulator, facts, text.held_out, on_progress)
+            artifact, _ = build_emulator(
+                base, result, emulator, facts, text.held_out, text.batches.batches(), on_progress
+            )
         else:
-            chosen = build_for_privacy(base, result, emulator, facts, text.held_out, on_progress)
+            chosen = build_for_privacy(base, result, emulator, facts, text.held_out, text.batches, on_progress)
             artifact, reached = chosen.artifact, chosen.as_json()
         _leave(artifact, audit)
         if record is not None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from scaleot_ray.config import DataSettings, StageOneSettings
 from scaleot_ray.data import Batch, TokenBatches, TokenExample, fixed, padding_id, token_examples
+from scaleot_ray.data.batches import AlternatingBatches, Batches
+from scaleot_ray.emulator.generated_text import generate_text
 from scaleot_ray.errors import DataError
 from scaleot_ray.families.loading import BaseModel
+from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.limits import check_block_size, vocabulary_size
+from scaleot_ray.stages.record import read_record, write_record
 
 HELD_OUT = 32
 """Sequences held out at most; with 128 tokens each, a loss over 4,000 tokens."""
@@ -27,7 +32,7 @@ class PublicText:
         held_out: batches of other sequences, all of the same size, for scores and losses.
     """
 
-    batches: TokenBatches
+    batches: Batches
     held_out: list[Batch]
 
 
@@ -61,6 +66,35 @@ def read_public_text(public: DataSettings, base: BaseModel, settings: StageOneSe
         ),
         list(fixed(_Part(examples, held_out, inside=True), size, pad, wanted, vocabulary)),
     )
+
+
+def with_generated(
+    text: PublicText,
+    base: BaseModel,
+    settings: StageOneSettings,
+    folder: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> PublicText:
+    """The same with every second batch of text that the model has generated itself; what is held out stays.
+
+    Args:
+        folder: where the generated text is kept; it is generated once for the same model and settings.
+        on_progress: hears of ``generate text``.
+
+    Raises:
+        RunFailed: the model's output is not finite.
+        ResourcesMissing, ConfigError: the text cannot be kept.
+    """
+    file = None if folder is None else folder / "generated_text.json"
+    sequences = read_record(file).get("input_ids") if file is not None else None
+    if sequences is None:
+        count, size = settings.generated_tokens, settings.block_size
+        sequences = generate_text(base.model, base.tokenizer, count, size, settings.seed, on_progress).tolist()
+        if file is not None:
+            write_record(file, {"input_ids": sequences})
+    examples = [TokenExample(tokens, tokens) for tokens in sequences]
+    generated = TokenBatches(examples, settings.batch_size, padding_id(base.tokenizer), settings.seed)
+    return PublicText(AlternatingBatches(text.batches, generated), text.held_out)
 
 
 class _Part(Iterable[TokenExample]):

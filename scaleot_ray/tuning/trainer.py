@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from scaleot_ray.checkpoints import CheckpointPace
 from scaleot_ray.config import TuneSettings
-from scaleot_ray.data.batches import Batch
+from scaleot_ray.data.batches import Batch, Batches
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.families import Family
 from scaleot_ray.progress import OnProgress, ProgressMeter
@@ -31,14 +31,6 @@ from scaleot_ray.tuning.delta import Delta
 from scaleot_ray.tuning.gradient_checkpointing import gradient_checkpointing
 from scaleot_ray.tuning.methods import method_named
 from scaleot_ray.tuning.optimization import Optimization
-
-
-class Batches(Protocol):
-    """Where batches come from: :class:`~scaleot_ray.data.batches.TokenBatches`."""
-
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Batches from index ``start`` on."""
-        ...
 
 
 @dataclass

@@ -13,6 +13,7 @@ from tests.tiny_models import save_tiny
 
 SMALL = (
     *("stage_one.steps=2", "stage_one.block_size=32", "stage_one.harmonizer_rank=8", "stage_one.start_tokens=512"),
+    *("stage_one.generated_tokens=512", "emulator.fit_tokens=1024"),
     *("emulator.plug_in_layers=2", "tune.steps=2", "tune.block_size=32", "evaluate_examples=8"),
     *("owner_cpus=1", "evaluator=false"),
 )

@@ -11,7 +11,14 @@ from benchmarks.privacy import main
 from tests.cli.conftest import text_rows, write_rows
 from tests.tiny_models import save_tiny
 
-STAGE_ONE = ("steps=2", "block_size=16", "batch_size=2", "harmonizer_rank=8", "start_tokens=256")
+STAGE_ONE = (
+    "steps=2",
+    "block_size=16",
+    "batch_size=2",
+    "harmonizer_rank=8",
+    "start_tokens=256",
+    "generated_tokens=256",
+)
 
 
 @pytest.mark.slow
@@ -22,6 +29,7 @@ def test_every_level_is_reached_or_refused(tmp_path: Path) -> None:
     arguments += ["--output", str(tmp_path / "run"), "--json", str(tmp_path / "privacy.json"), "--threads", "1"]
     for item in STAGE_ONE:
         arguments += ["--set", f"stage_one.{item}"]
+    arguments += ["--set", "emulator.fit_tokens=1024"]
     assert main([*arguments, "--plug-in-layers", "2", "4"]) == 0
     text = (tmp_path / "privacy.json").read_text()
     assert str(tmp_path) not in text

@@ -11,17 +11,32 @@ import pytest
 from benchmarks.cells.measured import Measured, describe, mean_over_seeds, score_from, score_record
 from benchmarks.cells.tasks import TASKS, prepare
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.plan import Choice, Triplet, choices
+from benchmarks.quality.plan import BUDGETS, Choice, Triplet, choices
 from scaleot_ray.errors import ConfigError, DataError
 from scaleot_ray.evaluation.choice import ChoiceScore
 from scaleot_ray.evaluation.score import Blocks
 from scaleot_ray.evaluation.table import ROWS
 from tests.benchmarks.tiny_data import write_tiny_data
 
+BUDGET = BUDGETS["small"]
+
 
 def _run(place: Path, *more: str) -> int:
     fixed = ["--model", str(place / "model"), "--data", str(place / "data"), "--output", str(place / "out")]
-    small = ["--steps", "3", "--stage-one-steps", "2", "--evaluate-examples", "8", "--threads", "1", "--device", "cpu"]
+    small = [
+        "--budget",
+        "small",
+        "--steps",
+        "3",
+        "--stage-one-steps",
+        "2",
+        "--evaluate-examples",
+        "8",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     return main([*fixed, *small, "--settings", "2,0.5,0.5", *more])
 
 
@@ -117,12 +132,16 @@ def test_variants_differ_in_what_they_say() -> None:
         variant: Choice(TASKS["sst2"], 3, variant, Triplet(4, 0.5, 0.8))
         for variant in ("closed_form", "random_start", "paper")
     }
-    closed, random, paper = (choice.stage_one(7, 64).model_dump() for choice in found.values())
+    closed, random, paper = (choice.stage_one(BUDGET, 64).model_dump() for choice in found.values())
     assert {key for key in closed if closed[key] != random[key]} == {"start"}
-    assert {key for key in closed if closed[key] != paper[key]} == {"start", "score_start", "objective"}
+    assert {key for key in closed if closed[key] != paper[key]} == {
+        *("start", "score_start", "objective", "generated_tokens")
+    }
     assert closed["seed"] == 3
-    assert found["random_start"].emulator() == found["closed_form"].emulator()
-    assert found["paper"].emulator().compression == "svd"
+    assert found["random_start"].emulator(BUDGET) == found["closed_form"].emulator(BUDGET)
+    assert found["closed_form"].emulator(BUDGET).fit_tokens == BUDGET.fit_tokens
+    assert found["paper"].emulator(BUDGET).compression == "svd"
+    assert found["paper"].emulator(BUDGET).fit_tokens == 0
 
 
 def test_wikitext_articles_are_not_on_both_sides(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from tests.benchmarks.tiny_data import write_tiny_data
 def _run(place: Path, *more: str) -> int:
     fixed = ["--model", str(place / "model"), "--data", str(place / "data"), "--output", str(place / "out")]
     small = ["--stage-one-tokens", "1024", "--tuning-tokens", "500", "--test-share", "0.04", "--public", "wikitext2"]
-    emulator = ["--set", "emulator.plug_in_layers=2", "--set", "stage_one.start_tokens=512"]
+    changes = ("emulator.plug_in_layers=2", "emulator.fit_tokens=1024")
+    changes += ("stage_one.start_tokens=512", "stage_one.generated_tokens=512")
+    emulator = [argument for change in changes for argument in ("--set", change)]
     return main([*fixed, *small, *emulator, "--threads", "1", "--device", "cpu", "--tasks", "arc_easy", *more])
 
 

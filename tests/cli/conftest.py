@@ -13,8 +13,9 @@ from tests.cli.command import Warm, scaleot
 from tests.tiny_models import save_tiny
 
 WORDS = ("the", "owner", "tunes", "plug", "in", "layers", "on", "data", "that", "never", "leaves", "machine", "answer")
-STAGE_ONE = ("steps=4", "block_size=32", "harmonizer_rank=8", "start_tokens=512")
+STAGE_ONE = ("steps=4", "block_size=32", "harmonizer_rank=8", "start_tokens=512", "generated_tokens=512")
 BUILD = [argument for item in STAGE_ONE for argument in ("--set", f"stage_one.{item}")]
+BUILD += ["--set", "emulator.fit_tokens=1024"]
 TUNE = ["--set", "tune.steps=4", "--set", "tune.block_size=32"]
 
 

@@ -17,8 +17,14 @@ def test_all_four(place: Path, tmp_path: Path, warm: Warm) -> None:
         "build_emulator": {
             "model": model,
             "public": {"path": str(place / "public.jsonl")},
-            "stage_one": {"steps": 2, "block_size": 32, "harmonizer_rank": 8, "start_tokens": 512},
-            "emulator": {"plug_in_layers": 2, "alpha": 0.5},
+            "stage_one": {
+                "steps": 2,
+                "block_size": 32,
+                "harmonizer_rank": 8,
+                "start_tokens": 512,
+                "generated_tokens": 512,
+            },
+            "emulator": {"plug_in_layers": 2, "alpha": 0.5, "fit_tokens": 1024},
             "output": "emulator",
         },
         "tune": {

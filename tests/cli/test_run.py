@@ -30,8 +30,8 @@ def run_settings(place: Path) -> dict[str, Any]:
     return {
         "model": {"path": str(place / "model")},
         "public": data("public.jsonl"),
-        "stage_one": {"steps": 4, "block_size": 32, "harmonizer_rank": 8, "start_tokens": 512},
-        "emulator": {"plug_in_layers": 2, "alpha": 0.5, "beta": 0.5},
+        "stage_one": {"steps": 4, "block_size": 32, "harmonizer_rank": 8, "start_tokens": 512, "generated_tokens": 512},
+        "emulator": {"plug_in_layers": 2, "alpha": 0.5, "beta": 0.5, "fit_tokens": 1024},
         "tune": {"steps": 4, "block_size": 32},
         "tenants": [
             {"name": "alice", "train": data("train.jsonl"), "test": data("test.jsonl")},

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scaleot_ray.data import Batch, TokenBatches, TokenExample, fixed, padding_id
+from scaleot_ray.data.batches import AlternatingBatches
 from scaleot_ray.errors import DataError
 from tests.data.small_tokenizer import small_tokenizer
 
@@ -177,3 +178,12 @@ def test_what_fits_is_made_once() -> None:
     batches.prepare(5)
     first(batches, 12)
     assert examples.passes == 1
+
+
+def test_sources_take_turns_from_any_start() -> None:
+    sources = [TokenBatches(Counted(count), 2, 0, seed) for count, seed in ((5, 1), (7, 2), (3, 3))]
+    mixed = list(islice(AlternatingBatches(*sources).batches(), 12))
+    for place, source in enumerate(sources):
+        assert same(mixed[place::3], first(source, 4))
+    for start in range(1, 8):
+        assert same(list(islice(AlternatingBatches(*sources).batches(start), 12 - start)), mixed[start:])

@@ -152,7 +152,7 @@ def test_one_stage_one_result_serves_every_triplet_and_layout():
     base = _base()
     stage_one = _stage_one(base)
     for count in (1, 2, 3, 4):
-        for layout in ("ends", "spread"):
+        for layout in ("ends", "spread", "last"):
             for alpha in (0.3, 0.5, 0.75):
                 settings = _settings(plug_in_layers=count, layout=layout, alpha=alpha)
                 content = emulator_artifact(base, stage_one, settings, FACTS).manifest.content

@@ -25,6 +25,11 @@ def test_spread_layout_covers_the_depth_as_crash_does():
         assert len(set(plug_in_positions(30, count, "spread"))) == count
 
 
+def test_last_layout_takes_the_last_layers():
+    assert plug_in_positions(30, 4, "last") == (26, 27, 28, 29)
+    assert plug_in_positions(30, 1, "last") == (29,)
+
+
 @pytest.mark.parametrize("count", [29, 30, 31, 100])
 def test_too_many_plug_in_layers_name_the_key_and_the_limit(count):
     with pytest.raises(ConfigError, match=r"plug_in_layers.*\n.*at most 28"):

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from scaleot_ray.data.batches import Batch, TokenBatches
+from scaleot_ray.data.batches import Batch, Batches, TokenBatches
 from scaleot_ray.data.examples import TokenExample
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.families import family_of
 from scaleot_ray.progress import Progress
 from scaleot_ray.tuning import METHODS, Tuned, tune
 from scaleot_ray.tuning.optimization import BETAS, learning_rate
-from scaleot_ray.tuning.trainer import Batches
 from tests.tiny_models import tiny_model, tiny_tokens
 from tests.tuning.test_methods import structure
 from tests.tuning.tiny_batches import POSITIONS, bits, tiny_batches, tiny_examples, tiny_settings

@@ -1,0 +1,303 @@
+"""Fits a finished emulator in order of depth, each part on what the emulator itself passes on.
+
+Harmonizers and factors that were fitted one layer at a time, on the full model's activations, meet other
+inputs in the emulator: the errors of all layers before them. Here two residual streams are carried through
+the depth side by side, the full model's and the emulator's, and each part is fitted in closed form from the
+emulator's stream towards the full model's, so that later layers undo what they can of earlier errors. No
+gradients; about three forward passes of the middle layers in all. (Ours. Calibrating on the compressed
+model's own activations is what GPTQ, arXiv 2210.17323, and SVD-LLM, arXiv 2403.07378, do for weights.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from scaleot_ray.data.batches import Batch
+from scaleot_ray.emulator.closed_form import ResidualStatistics, fit_harmonizer, fit_read_out, usual_tokens
+from scaleot_ray.emulator.harmonizer import Harmonizer
+from scaleot_ray.emulator.layer_by_layer import LayerCalls, layer_calls
+from scaleot_ray.emulator.layer_map import LayerRole
+from scaleot_ray.emulator.rank_compression import LowRankLinear, kept_rank
+from scaleot_ray.emulator.reduced_rank import RegressionSums, reduced_rank_regression
+from scaleot_ray.families import Family, Projection, as_stored, dense_weight
+from scaleot_ray.progress import OnProgress, ProgressMeter
+
+_BATCHES_AT_ONCE = 8
+
+
+@dataclass
+class _Streams:
+    """Both residual streams of one batch at some depth, (batch, time, d)."""
+
+    calls: LayerCalls
+    full: torch.Tensor
+    emulated: torch.Tensor
+
+    def usual(self) -> torch.Tensor:
+        """Positions (batch, time) that count: no padding, no massive activations."""
+        real = self.calls.real
+        usual = torch.zeros_like(real)
+        usual[real] = usual_tokens(self.full[real], self.emulated[real])
+        return usual
+
+
+class SequentialFit:
+    """Refits an emulator of a model in place, layer by layer.
+
+    Parts get new parameters; tensors that the emulator shares with others stay as they are.
+
+    Args:
+        model: the full model.
+        emulator: assembled; its harmonizers and compressed projections are fitted, all else stays.
+        family: of both.
+        roles: of the layers.
+        beta: rank reduction of the kept layers' attention weights; 0 where they are as they were.
+        ridge: λ relative to the mean squared input.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        emulator: Any,
+        family: Family,
+        roles: Sequence[LayerRole],
+        beta: float,
+        ridge: float,
+    ) -> None:
+        self.model, self.family = model, family
+        self.full_layers, self.layers = family.layers(model), family.layers(emulator)
+        self.beta, self.ridge = beta, ridge
+        fitted = {LayerRole.REPLACED} | ({LayerRole.KEPT} if beta > 0 else set())
+        self.positions = [index for index, role in enumerate(roles) if role in fitted]
+        self.corrects = family.adds_attention_output(model.config)
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[Batch], on_progress: OnProgress | None = None) -> dict[int, float]:
+        """Fits on public text.
+
+        Both streams of all of the text are held at once: 2 · tokens · d numbers of the model's type.
+
+        Args:
+            batches: ``input_ids`` and ``attention_mask`` (batch, time).
+            on_progress: hears of ``fit in order``, layer by layer.
+
+        Returns:
+            For each layer that was fitted: squared error of the emulator's stream behind it, relative to the
+            variance of the full model's.
+        """
+        if not self.positions:
+            return {}
+        streams = []
+        for batch in _merged(batches):
+            calls = layer_calls(self.model, self.family, batch)
+            streams.append(_Streams(calls, calls.hidden, calls.hidden))
+        errors: dict[int, float] = {}
+        meter = ProgressMeter("fit in order", self.positions[-1] + 1, on_progress)
+        for index in range(self.positions[-1] + 1):
+            if index not in self.positions:
+                self._carry(index, streams)
+            else:
+                if isinstance(self.layers[index], Harmonizer):
+                    self._fit_harmonizer(index, streams)
+                else:
+                    self._fit_attention(index, streams)
+                errors[index] = _relative_error(streams)
+            meter.advance()
+        return errors
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters of all layers that were fitted, by their full name in the emulator."""
+        return {
+            self.family.layer_prefix(index) + name: parameter.detach()
+            for index in self.positions
+            for name, parameter in self.layers[index].named_parameters()
+        }
+
+    def _full(self, index: int, stream: _Streams) -> torch.Tensor:
+        return stream.calls.run(self.full_layers[index], index, stream.full, self.family)
+
+    def _emulated(self, index: int, stream: _Streams) -> torch.Tensor:
+        return stream.calls.run(self.layers[index], index, stream.emulated, self.family)
+
+    def _carry(self, index: int, streams: Sequence[_Streams]) -> None:
+        """Through a layer that both have."""
+        for stream in streams:
+            same = stream.emulated is stream.full  # nothing before has been changed
+            stream.full = self._full(index, stream)
+            stream.emulated = stream.full if same else self._emulated(index, stream)
+
+    def _fit_harmonizer(self, index: int, streams: Sequence[_Streams]) -> None:
+        harmonizer = _with_own_parameters(self.layers[index])
+        width = streams[0].full.shape[-1]
+        device = streams[0].full.device
+        if harmonizer.linear:
+            statistics = ResidualStatistics(width, device)
+            for stream in streams:
+                stream.full, real = self._full(index, stream), stream.calls.real
+                statistics.update(stream.emulated[real], stream.full[real])
+            fit_harmonizer(harmonizer, statistics, self.ridge)
+        else:  # its hidden units are a start, or were trained: only what is made of them is fitted anew
+            inner = RegressionSums(harmonizer.down.out_features, width, device)
+            for stream in streams:
+                stream.full = self._full(index, stream)
+                usual = stream.usual()
+                before, after = stream.emulated[usual].float(), stream.full[usual].float()
+                inner.update(harmonizer.inner(before), after - before)
+            fit_read_out(harmonizer, inner, self.ridge)
+        harmonizer.to(next(self.model.parameters()).dtype)
+        for stream in streams:
+            stream.emulated = self._emulated(index, stream)
+
+    def _fit_attention(self, index: int, streams: Sequence[_Streams]) -> None:
+        """First the projections that read a layer's input, then, on what attention makes of them, the one behind."""
+        *inner, output = self.family.attention
+        sums = {projection.path: self._sums(index, projection) for projection in self.family.attention}
+        targets = []
+        for stream in streams:
+            usual = stream.usual()
+            with _watching(self.full_layers[index], self.family.attention) as wanted:
+                after = self._full(index, stream)
+            got = self._inputs(index, inner, stream)
+            for projection in inner:
+                sums[projection.path].update(
+                    _rows(got[projection.path].input, stream)[usual],
+                    _rows(wanted[projection.path].output, stream)[usual],
+                )
+            target = _rows(wanted[output.path].output, stream)
+            if self.corrects:
+                target = target + stream.full - stream.emulated
+            targets.append((usual, target[usual]))
+            stream.full = after
+        for projection in inner:
+            self._install(index, projection, sums[projection.path])
+        for stream, (usual, target) in zip(streams, targets, strict=True):
+            got = self._inputs(index, [output], stream)
+            sums[output.path].update(_rows(got[output.path].input, stream)[usual], target)
+        self._install(index, output, sums[output.path])
+        for stream in streams:
+            stream.emulated = self._emulated(index, stream)
+
+    def _sums(self, index: int, projection: Projection) -> RegressionSums:
+        module = self.full_layers[index].get_submodule(projection.path)
+        outputs, inputs = dense_weight(module).shape
+        return RegressionSums(inputs, outputs, next(module.parameters()).device)
+
+    def _inputs(self, index: int, projections: Sequence[Projection], stream: _Streams) -> dict[str, _Call]:
+        """What reaches some projections of the emulator's layer."""
+        with _watching(self.layers[index], projections, stop=True) as seen:
+            self._emulated(index, stream)
+        return seen
+
+    def _install(self, index: int, projection: Projection, sums: RegressionSums) -> None:
+        """Gives a compressed projection the factors, or their product, with the least error of its output."""
+        module = self.layers[index].get_submodule(projection.path)
+        xx, xy = sums.moments()
+        parts = projection.parts(self.model.config) if projection.parts else [torch.arange(xy.shape[1])]
+        factors = []
+        for rows in parts:
+            rank = kept_rank((len(rows), len(xx)), self.beta)
+            up, down = reduced_rank_regression(xx, xy[:, rows.to(xy.device)], rank, self.ridge)
+            balance = (down.norm(dim=1) / up.norm(dim=0)).clamp_min(1e-12).sqrt()
+            factors.append((up * balance, down / balance[:, None]))
+        if isinstance(module, LowRankLinear):
+            module.down = _parameter(torch.cat([down for _, down in factors]), module.down)
+            for part, (up, _) in enumerate(factors):
+                module.up[part] = _parameter(up, module.up[part])
+            return
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        product = torch.empty(xy.shape[1], len(xx), dtype=xx.dtype, device=xx.device)
+        for (up, down), rows in zip(factors, parts, strict=True):
+            product[rows.to(product.device)] = up @ down
+        module.weight = _parameter(as_stored(module, product), weight)
+
+
+def _merged(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same sequences in larger batches: a small matrix product costs little less than a large one."""
+    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // _BATCHES_AT_ONCE):
+        group = [batch for _, batch in several]
+        time = max(batch["input_ids"].shape[1] for batch in group)
+        yield {
+            name: torch.cat([functional.pad(batch[name], (0, time - batch[name].shape[1])) for batch in group])
+            for name in ("input_ids", "attention_mask")
+        }
+
+
+@dataclass
+class _Call:
+    """Input and output without bias of a projection, (batch, time, ·) or (batch · time, ·)."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+class _AllSeen(Exception):
+    """Ends a layer's run once everything that was watched has been called."""
+
+
+@contextmanager
+def _watching(layer: nn.Module, projections: Sequence[Projection], stop: bool = False) -> Iterator[dict[str, _Call]]:
+    """Calls of some projections of a layer, by path, while it runs.
+
+    Args:
+        stop: end the run when all of them have been called.
+    """
+    seen: dict[str, _Call] = {}
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            seen[path] = _Call(arguments[0], output if bias is None else output - bias)
+            if stop and len(seen) == len(projections):
+                raise _AllSeen
+
+        return hook
+
+    handles = [layer.get_submodule(item.path).register_forward_hook(watch(item.path)) for item in projections]
+    try:
+        yield seen
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(values: torch.Tensor, stream: _Streams) -> torch.Tensor:
+    """(batch, time, ·), also where a family flattens (batch, time) before its projections."""
+    return values.reshape(*stream.calls.real.shape, -1)
+
+
+def _with_own_parameters(harmonizer: nn.Module) -> Harmonizer:
+    """The same module in float32, whose parameters nobody else holds."""
+    assert isinstance(harmonizer, Harmonizer)
+    for name, parameter in list(harmonizer.named_parameters()):
+        parent, _, attribute = name.rpartition(".")
+        copy = nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
+        setattr(harmonizer.get_submodule(parent), attribute, copy)
+    return harmonizer
+
+
+def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like).contiguous(), requires_grad=False)
+
+
+def _relative_error(streams: Sequence[_Streams]) -> float:
+    """Squared error of the emulator's streams, relative to the variance of the full model's."""
+    error = squares = 0.0
+    total, tokens = torch.zeros(()), 0
+    for stream in streams:
+        usual = stream.usual()
+        full = stream.full[usual].float()
+        error += (stream.emulated[usual].float() - full).square().sum().item()
+        squares += full.square().sum().item()
+        total, tokens = total.to(full) + full.sum(0), tokens + len(full)
+    return error / max(squares - total.square().sum().item() / max(tokens, 1), 1e-12)
