@@ -89,7 +89,10 @@ class StageOneSettings(Settings):
 
     harmonizer_rank: int = Field(128, ge=2, description="hidden units of a harmonizer, r in W_down ∈ R^{r×d}")
     activation: Literal["silu", "gelu", "relu", "identity"] = Field(
-        "silu", description="identity: harmonizers are linear maps of rank harmonizer_rank"
+        "identity",
+        description="identity: harmonizers are linear maps of rank harmonizer_rank, which emulator.fit_tokens fits "
+        "anew; of others it keeps the hidden units that stage 1 trained, which pays where steps are many. silu: the "
+        "paper's kind",
     )
     start: Literal["closed_form", "random"] = Field(
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
@@ -111,7 +114,7 @@ class StageOneSettings(Settings):
     objective: Literal["distill", "lm"] = Field(
         "distill", description="distill: KL to the full model's logits; lm: the paper's language-model loss"
     )
-    steps: int = Field(60, ge=0, description="harmonizer (DL) steps")
+    steps: int = Field(20, ge=0, description="harmonizer (DL) steps")
     batch_size: int = Field(4, ge=1)
     block_size: int = Field(128, ge=8, description="tokens per sequence")
     learning_rate: Number = Field(1e-3, gt=0)

@@ -71,8 +71,12 @@ def _learnt(content: EmulatorContent) -> str | None:
         parts.append(
             f"Stage 1: start `{stage_one.start}`, objective `{stage_one.objective}`, {stage_one.steps:,} steps."
         )
+        if stage_one.generated_tokens:
+            parts.append(f"Beside public text, {stage_one.generated_tokens:,} tokens that the model generated itself.")
     if content.compression is not None:
         parts.append(f"Rank compression: `{content.compression}`.")
+    if content.fit_tokens:
+        parts.append(f"Fitted in order of depth on {content.fit_tokens:,} tokens.")
     return " ".join(parts) or None
 
 

@@ -90,11 +90,15 @@ class HarmonizerSpec(_Checked):
 
 
 class StageOneSpec(_Checked):
-    """How stage 1 learnt harmonizers and scores: their ``start``, its ``objective``, harmonizer ``steps`` done."""
+    """How stage 1 learnt harmonizers and scores: their ``start``, its ``objective``, harmonizer ``steps`` done.
+
+    ``generated_tokens``: text that the model generated itself and that was used beside public text.
+    """
 
     start: Word
     objective: Word
     steps: Annotated[int, Field(ge=0)]
+    generated_tokens: Annotated[int, Field(ge=0)] = 0
 
 
 class EmulatorContent(_Checked):

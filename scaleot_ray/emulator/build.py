@@ -198,7 +198,12 @@ def _stage_one_spec(stage_one: StageOne | None) -> StageOneSpec | None:
     if stage_one is None:
         return None
     settings = stage_one.settings
-    return StageOneSpec(start=settings.start, objective=settings.objective, steps=stage_one.step)
+    return StageOneSpec(
+        start=settings.start,
+        objective=settings.objective,
+        steps=stage_one.step,
+        generated_tokens=settings.generated_tokens,
+    )
 
 
 def _at_least(tokens: int, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -29,7 +29,8 @@ def _base(name="llama"):
 
 
 def _stage_one(base, **changes):
-    settings = StageOneSettings(harmonizer_rank=8, start_tokens=256, steps=2, block_size=16, **changes)
+    values = {"harmonizer_rank": 8, "start_tokens": 256, "steps": 2, "block_size": 16, "generated_tokens": 0}
+    settings = StageOneSettings(**{**values, **changes})
     return train_stage_one(base.model, base.family, STREAM, STREAM.fixed(2), settings)
 
 
@@ -229,6 +230,9 @@ def test_the_manifest_says_how_it_was_learnt_and_compressed():
     content, card = said(_stage_one(base), compression="activation_aware")
     assert (content.stage_one.start, content.stage_one.objective) == ("closed_form", "distill")
     assert content.compression == "activation_aware"
+    content, card = said(_stage_one(base, generated_tokens=4096))
+    assert content.stage_one.generated_tokens == 4096
+    assert "2 steps. Beside public text, 4,096 tokens that the model generated itself. Rank" in card
     # Nothing is said of what was not done.
     assert said(paper, beta=0)[0].compression is None
     assert said(paper, alpha=1)[0].compression is None
