@@ -13,6 +13,7 @@ HEADINGS = {
     "accuracy": "Accuracy, %",
     "normalised": "Length-normalised accuracy, %",
     "log_likelihood": "Log-likelihood of the right answer, nats (higher is better)",
+    "log_probability": "Log-probability of the right answer among all, nats (higher is better)",
 }
 """Title of each measure's table."""
 

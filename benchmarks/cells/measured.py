@@ -11,10 +11,10 @@ import numpy as np
 from scaleot_ray.errors import DataError
 from scaleot_ray.evaluation.gain import Interval, bootstrap_means, difference
 from scaleot_ray.evaluation.score import Blocks, Score
-from scaleot_ray.evaluation.table import ROWS, TenantTable, recovered_gain
+from scaleot_ray.evaluation.table import ROWS, SECONDARY, TenantTable, recovered_gain
 
-MEASURES = {"loss": ("loss",), "accuracy": ("accuracy", "normalised", "log_likelihood")}
-"""Measures of each metric; log_likelihood is that of the right answer, in nats."""
+MEASURES = {metric: (metric, *further) for metric, further in SECONDARY.items()}
+"""Measures of each metric."""
 
 DIFFERENCES = (("plug_in", "full_zero_shot"), ("plug_in", "emulator_tuned"), ("full_tuned", "full_zero_shot"))
 

@@ -22,6 +22,7 @@ MEASURES = {
     "accuracy": "accuracy ↑",
     "normalised": "accuracy, length-normalised ↑",
     "log_likelihood": "log-likelihood of right answer, nats ↑",
+    "log_probability": "log-probability of right answer among all, nats ↑",
 }
 
 
@@ -36,7 +37,7 @@ def show_standard_table(console: Console, tenants: Sequence[Mapping[str, Any]]) 
         tenants: objects as :func:`scaleot_ray.evaluation.table.table_json` gives them.
     """
     _show_table(console, [(tenant["name"], tenant["metric"], tenant) for tenant in tenants])
-    for measure in ("normalised", "log_likelihood"):
+    for measure in ("normalised", "log_likelihood", "log_probability"):
         further = [(tenant["name"], measure, tenant[measure]) for tenant in tenants if tenant.get(measure)]
         if further:
             _show_table(console, further)

@@ -27,12 +27,16 @@ class ChoiceScore:
     Attributes:
         correct: (n,) bool, the right answer has the highest log-likelihood.
         correct_normalised: (n,) bool, the same after division by each answer's characters.
-        log_likelihood: (n,) float64, nats of the right answer: paired, far less noisy than accuracy.
+        log_likelihood: (n,) float64, nats of the right answer: paired, far less noisy than accuracy. Much of what
+            tuning gains in it is form: that the answer is one of a few words at all.
+        log_probability: (n,) float64, nats of the right answer among the row's answers alone (their likelihoods
+            sum to one): what is known beyond the form, as smooth as the above.
     """
 
     correct: np.ndarray
     correct_normalised: np.ndarray
     log_likelihood: np.ndarray
+    log_probability: np.ndarray
     metric: str = "accuracy"
 
     @property
@@ -46,16 +50,22 @@ class ChoiceScore:
         return self.blocks("normalised").mean
 
     @property
+    def mean_log_probability(self) -> float:
+        """Nats of the right answer among all, mean over rows."""
+        return self.blocks("log_probability").mean
+
+    @property
     def mean_log_likelihood(self) -> float:
         """Nats of the right answer, mean over rows."""
         return self.blocks("log_likelihood").mean
 
     def blocks(self, measure: str) -> Blocks:
-        """``accuracy``, ``normalised`` or ``log_likelihood``, one row a block."""
+        """``accuracy``, ``normalised``, ``log_likelihood`` or ``log_probability``, one row a block."""
         by_name = {
             "accuracy": self.correct,
             "normalised": self.correct_normalised,
             "log_likelihood": self.log_likelihood,
+            "log_probability": self.log_probability,
         }
         sums = by_name[measure].astype(np.float64)
         return Blocks(sums, np.ones(len(sums), dtype=np.int64), higher_is_better=True)
@@ -128,6 +138,7 @@ def evaluate_choice(
         correct=np.concatenate([part.correct for part in parts]),
         correct_normalised=np.concatenate([part.correct_normalised for part in parts]),
         log_likelihood=np.concatenate([part.log_likelihood for part in parts]),
+        log_probability=np.concatenate([part.log_probability for part in parts]),
     )
 
 
@@ -191,4 +202,5 @@ def _read_off(rows: Sequence[ChoiceExample], sums: Sequence[np.ndarray], first: 
         correct=np.array([values.argmax() == row.label for row, values in pairs]),
         correct_normalised=np.array([(values / np.array(row.lengths)).argmax() == row.label for row, values in pairs]),
         log_likelihood=np.array([values[row.label] for row, values in pairs]),
+        log_probability=np.array([values[row.label] - np.logaddexp.reduce(values) for row, values in pairs]),
     )

@@ -12,7 +12,7 @@ from scaleot_ray.evaluation.loss import perplexity
 from scaleot_ray.evaluation.score import Blocks, ReportedScore, Score
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
-SECONDARY: dict[str, tuple[str, ...]] = {"loss": (), "accuracy": ("normalised", "log_likelihood")}
+SECONDARY: dict[str, tuple[str, ...]] = {"loss": (), "accuracy": ("normalised", "log_likelihood", "log_probability")}
 """Measures beside each metric, in a section of their own."""
 
 
@@ -78,8 +78,8 @@ def table_json(table: TenantTable, seed: int = 0, samples: int = 2000) -> dict[s
 
     Keys: ``name``, ``metric``, the five rows (number or null), ``delta`` = plug_in − emulator_tuned,
     ``delta_interval`` ([low, high] or null), ``gain`` {value, low, high, usable, reason}; for accuracy also
-    ``normalised`` and ``log_likelihood``, each with the same keys from the rows on; for loss also ``perplexity``
-    with the five rows; ``blocks``: test rows measured.
+    ``normalised``, ``log_likelihood`` and ``log_probability``, each with the same keys from the rows on; for loss
+    also ``perplexity`` with the five rows; ``blocks``: test rows measured.
     """
     result: dict[str, Any] = {"name": table.name, "metric": table.metric}
     result.update(_section(table, table.metric, seed, samples))

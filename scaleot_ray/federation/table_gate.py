@@ -94,7 +94,12 @@ _NUMBERS = (_number, "finite numbers")
 _ANSWERS = (_answer, "true and false")
 _MEASURES: dict[str, _Measures] = {
     "loss": {"sums": _NUMBERS, "counts": (_count, "whole numbers from 0 on")},
-    "accuracy": {"correct": _ANSWERS, "correct_normalised": _ANSWERS, "log_likelihood": _NUMBERS},
+    "accuracy": {
+        "correct": _ANSWERS,
+        "correct_normalised": _ANSWERS,
+        "log_likelihood": _NUMBERS,
+        "log_probability": _NUMBERS,
+    },
 }
 
 

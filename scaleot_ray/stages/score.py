@@ -94,7 +94,9 @@ def numbers(score: AnyScore, name: str) -> dict[str, float]:
     """A score as the numbers that may leave: the metric under ``name``, further measures beside it."""
     values = {name: score.value}
     if isinstance(score, ChoiceScore):
-        values |= {f"{name}.normalised": score.normalised, f"{name}.log_likelihood": score.mean_log_likelihood}
+        values[f"{name}.normalised"] = score.normalised
+        values[f"{name}.log_likelihood"] = score.mean_log_likelihood
+        values[f"{name}.log_probability"] = score.mean_log_probability
     return values
 
 
@@ -114,6 +116,7 @@ def score_record(score: AnyScore) -> dict[str, Any]:
         "correct": score.correct.tolist(),
         "correct_normalised": score.correct_normalised.tolist(),
         "log_likelihood": score.log_likelihood.tolist(),
+        "log_probability": score.log_probability.tolist(),
     }
 
 
@@ -122,7 +125,10 @@ def score_from_record(record: dict[str, Any]) -> AnyScore:
     if "sums" in record:
         return LossScore(np.array(record["sums"], dtype=np.float64), np.array(record["counts"], dtype=np.int64))
     return ChoiceScore(
-        np.array(record["correct"]), np.array(record["correct_normalised"]), np.array(record["log_likelihood"])
+        np.array(record["correct"]),
+        np.array(record["correct_normalised"]),
+        np.array(record["log_likelihood"]),
+        np.array(record["log_probability"]),
     )
 
 

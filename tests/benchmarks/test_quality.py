@@ -155,7 +155,9 @@ def test_wikitext_articles_are_not_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_scores_survive_json() -> None:
-    score = ChoiceScore(np.array([True, False]), np.array([True, True]), np.array([-1.5, -2.25]))
+    score = ChoiceScore(
+        np.array([True, False]), np.array([True, True]), np.array([-1.5, -2.25]), np.array([-0.5, -1.25])
+    )
     again = score_from(json.loads(json.dumps(score_record(score))))
     assert again.value == score.value
     assert again.blocks("log_likelihood").mean == score.mean_log_likelihood

@@ -28,7 +28,10 @@ def _choice_table() -> TenantTable:
     return TenantTable(
         "bob",
         "accuracy",
-        {row: ChoiceScore(draw < share, draw < share / 2, np.log(draw) / (1 + share)) for row, share in shares.items()},
+        {
+            row: ChoiceScore(draw < share, draw < share / 2, np.log(draw) / (1 + share), np.log(draw) / (2 + share))
+            for row, share in shares.items()
+        },
     )
 
 
@@ -53,7 +56,8 @@ def test_a_choice_table_has_the_normalised_accuracy_and_the_log_likelihood_besid
     assert table["plug_in"] == (draw < 0.6).mean()
     assert table["normalised"]["plug_in"] == (draw < 0.3).mean()
     assert table["log_likelihood"]["full_tuned"] == pytest.approx(np.log(draw).mean() / 1.8)
-    for section in (table, table["normalised"], table["log_likelihood"]):
+    assert table["log_probability"]["full_tuned"] == pytest.approx(np.log(draw).mean() / 2.8)
+    for section in (table, table["normalised"], table["log_likelihood"], table["log_probability"]):
         assert section["delta"] == pytest.approx(section["plug_in"] - section["emulator_tuned"])
         assert section["delta_interval"][0] < section["delta"] < section["delta_interval"][1]
         gain = (section["plug_in"] - section["full_zero_shot"]) / (section["full_tuned"] - section["full_zero_shot"])

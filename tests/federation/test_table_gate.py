@@ -20,7 +20,9 @@ CHOICE = TenantTable(
     "alice",
     "accuracy",
     {
-        row: ChoiceScore(np.array([True, False]), np.array([False, False]), np.array([-0.1, -2.5]))
+        row: ChoiceScore(
+            np.array([True, False]), np.array([False, False]), np.array([-0.1, -2.5]), np.array([-0.05, -1.5])
+        )
         for row in ("full_zero_shot", "full_tuned")
     },
 )
