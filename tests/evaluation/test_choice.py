@@ -67,10 +67,7 @@ def test_log_likelihoods_are_those_of_each_answer_alone(name: str, batch_size: i
     expected = [_by_hand(model, row) for row in rows]
     right = [sums[row.label] for sums, row in zip(expected, rows, strict=True)]
     assert score.log_likelihood.tolist() == pytest.approx(right, abs=1e-3)
-    shares = [
-        math.exp(own) / sum(math.exp(value) for value in _by_hand(model, row))
-        for own, row in zip(right, rows, strict=True)
-    ]
+    shares = [math.exp(own) / sum(map(math.exp, sums)) for own, sums in zip(right, expected, strict=True)]
     assert np.exp(score.log_probability).tolist() == pytest.approx(shares, abs=1e-3)
     assert score.correct.tolist() == [
         int(np.argmax(sums)) == row.label for sums, row in zip(expected, rows, strict=True)

@@ -241,10 +241,11 @@ def test_multiple_choice_shows_every_number_that_was_sent(tmp_path: Path, evalua
     assert delta.method == "lora"
     assert [progress.steps for progress in run.heard if progress.stage == "tune alice"][-1] == 3
     sent = read_manifest(folder / "metrics").content.values
-    for measure, section in {"normalised": tenant["normalised"], "log_likelihood": tenant["log_likelihood"]}.items():
+    further = {measure: tenant[measure] for measure in ("normalised", "log_likelihood", "log_probability")}
+    for measure, section in further.items():
         assert section["emulator_zero_shot"] == sent[f"emulator_zero_shot.{measure}"]
         assert section["emulator_tuned"] == pytest.approx(sent[f"emulator_tuned.{measure}"], rel=1e-5)
-    for section in (tenant, tenant["normalised"], tenant["log_likelihood"]):
+    for section in (tenant, *further.values()):
         if evaluator:
             assert section["delta_interval"][0] <= section["delta"] <= section["delta_interval"][1]
         else:
@@ -252,7 +253,7 @@ def test_multiple_choice_shows_every_number_that_was_sent(tmp_path: Path, evalua
     stream = io.StringIO()
     show_standard_table(Console(file=stream, width=200), run.json["tenants"])
     tables = stream.getvalue().split("emulator zero-shot")
-    assert len(tables) == 4  # accuracy, length-normalised accuracy, log-likelihood
+    assert len(tables) == 5  # accuracy, length-normalised accuracy, log-likelihood, log-probability
     assert f"{sent['emulator_zero_shot.log_likelihood']:.3f}" in tables[3]
 
 
