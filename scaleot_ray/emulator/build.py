@@ -1,4 +1,4 @@
-"""Stage 2: from the full model and one stage-1 result to an emulator artefact, in seconds (ScaleOT §3.3)."""
+"""Stage 2: from the full model and one stage-1 result to an emulator artefact, without training (ScaleOT §3.3)."""
 
 from __future__ import annotations
 

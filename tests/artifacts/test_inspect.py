@@ -101,8 +101,17 @@ def test_card_of_an_emulator_says_how_it_was_learnt():
     line = "- Stage 1: start `closed_form`, objective `distill`, 1,200 steps. Rank compression: `svd`.\n"
     assert EMULATOR_CARD.format(learnt=line) in model_card(artifact.manifest)
     content = describe(artifact.manifest)
-    assert (content["stage_one"], content["compression"]) == (spec, "svd")
+    assert (content["stage_one"], content["compression"]) == ({**spec, "generated_tokens": 0}, "svd")
+    assert content["fit_tokens"] == 0
     assert (describe(emulator().manifest)["stage_one"], describe(emulator().manifest)["compression"]) == (None, None)
+    check_crossing(with_card(artifact))
+    artifact = emulator(beta=0.8, stage_one={**spec, "generated_tokens": 2048}, fit_tokens=4096)
+    line = (
+        "- Stage 1: start `closed_form`, objective `distill`, 1,200 steps. Beside public text, 2,048 tokens that the "
+        "model generated itself. Fitted in order of depth on 4,096 tokens.\n"
+    )
+    assert EMULATOR_CARD.format(learnt=line) in model_card(artifact.manifest)
+    assert describe(artifact.manifest)["fit_tokens"] == 4096
     check_crossing(with_card(artifact))
 
 

@@ -135,7 +135,7 @@ def test_variants_differ_in_what_they_say() -> None:
     closed, random, paper = (choice.stage_one(BUDGET, 64).model_dump() for choice in found.values())
     assert {key for key in closed if closed[key] != random[key]} == {"start"}
     assert {key for key in closed if closed[key] != paper[key]} == {
-        *("start", "score_start", "objective", "generated_tokens")
+        *("activation", "start", "score_start", "objective", "generated_tokens")
     }
     assert closed["seed"] == 3
     assert found["random_start"].emulator(BUDGET) == found["closed_form"].emulator(BUDGET)
