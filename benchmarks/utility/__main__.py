@@ -34,6 +34,9 @@ def _run(given: Sequence[str]) -> int:
         metavar="KEY=VALUE",
         help="what differs from the package's defaults, e.g. stage_one.objective=lm; may be repeated",
     )
+    parser.add_argument(
+        "--recipe", choices=["default", "paper"], default="default", help="paper: the paper's own choices"
+    )
     parser.add_argument("--public", choices=PUBLIC, default="python", help="the owner's text; default: %(default)s")
     parser.add_argument("--budget", choices=list(BUDGETS), default="small", help="default: %(default)s")
     parser.add_argument("--stage-one-tokens", type=int, help="in place of the budget's")
@@ -44,7 +47,7 @@ def _run(given: Sequence[str]) -> int:
         raise ConfigError(f"--label: {options.label!r} is no file name.", "Use letters, digits, '_', '-' and '.'.")
     chosen = {key: getattr(options, key) for key in ("stage_one_tokens", "tuning_tokens", "test_share")}
     budget = replace(BUDGETS[options.budget], **{key: value for key, value in chosen.items() if value is not None})
-    point = Point(options.label, options.public, budget, tuple(options.set))
+    point = Point(options.label, options.public, budget, tuple(options.set), options.recipe)
     point.sections()  # a wrong key shows before the model is loaded
     tasks, seeds = [task_named(task) for task in options.tasks.split(",")], numbers(options.seeds)
     use_processor(options)

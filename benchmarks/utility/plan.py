@@ -10,7 +10,7 @@ from benchmarks.cells.cell import Cell
 from benchmarks.cells.estimate import tokens_per_step
 from benchmarks.cells.runner import CellRunner
 from benchmarks.cells.tasks import Task
-from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings, override, parse
+from scaleot_ray.config import PAPER, EmulatorSettings, StageOneSettings, TuneSettings, override, parse
 from scaleot_ray.errors import ConfigError
 
 TASKS = ("python_reference", "wikitext2", "sst2", "banking77", "arc_easy", "openbookqa")
@@ -24,19 +24,23 @@ class Budget:
 
     Attributes:
         stage_one_tokens: public tokens of the harmonizer steps of stage 1.
+        generated_tokens: tokens that the model generates for stage 1 and the fit.
+        fit_tokens: public tokens that the finished emulator is fitted on.
         tuning_tokens: private tokens of one tuning run, padding included.
         test_share: share of each task's test rows that is measured.
     """
 
     stage_one_tokens: int
+    generated_tokens: int
+    fit_tokens: int
     tuning_tokens: int
     test_share: float
 
 
 BUDGETS = {
-    "small": Budget(20_480, 20_480, 0.3),
-    "medium": Budget(81_920, 51_200, 1.0),
-    "large": Budget(4_194_304, 819_200, 1.0),
+    "small": Budget(10_240, 8_192, 16_384, 20_480, 0.3),
+    "medium": Budget(10_240, 32_768, 65_536, 51_200, 1.0),  # what the package's defaults spend
+    "large": Budget(4_194_304, 262_144, 524_288, 819_200, 1.0),
 }
 
 
@@ -48,32 +52,43 @@ class Point:
         label: names the point in files and tables.
         public: the model owner's public text.
         budget: what may be spent.
-        changes: ``section.key=value``, what differs from the defaults.
+        changes: ``section.key=value``, what differs from the defaults, or from the recipe.
+        recipe: ``default``, or ``paper`` for the paper's own choices.
     """
 
     label: str
     public: str
     budget: Budget
     changes: tuple[str, ...] = ()
+    recipe: str = "default"
 
     def sections(self) -> dict[str, Any]:
         """The sections ``stage_one``, ``emulator`` and ``tune`` as typed settings.
 
-        Steps follow from the budget unless a change sets them; those of ``tune`` are filled in per task.
+        Steps and tokens follow from the budget unless a change or the recipe sets them; the steps of ``tune`` are
+        filled in per task.
 
         Raises:
             ConfigError: a change names no key, or its value is not what the key takes.
         """
-        values = override({name: {} for name in SECTIONS}, self.changes)
+        recipe = PAPER if self.recipe == "paper" else {}
+        values = override({name: dict(recipe.get(name, {})) for name in SECTIONS}, self.changes)
         for name in values:
             if name not in SECTIONS:
                 raise ConfigError(f"--set {name}: there is no such section.", f"Take one of {', '.join(SECTIONS)}.")
         found = {name: parse(section, values[name], f"--set {name}") for name, section in SECTIONS.items()}
         stage_one = found["stage_one"]
-        if "steps" not in stage_one.model_fields_set:
-            batch = stage_one.batch_size * stage_one.block_size
-            steps = max(1, self.budget.stage_one_tokens // batch)
-            found["stage_one"] = stage_one.model_copy(update={"steps": steps})
+        batch = stage_one.batch_size * stage_one.block_size
+        spent = {
+            "stage_one": {
+                "steps": max(1, self.budget.stage_one_tokens // batch),
+                "generated_tokens": self.budget.generated_tokens,
+            },
+            "emulator": {"fit_tokens": self.budget.fit_tokens},
+        }
+        for name, values in spent.items():
+            missing = {key: value for key, value in values.items() if key not in found[name].model_fields_set}
+            found[name] = found[name].model_copy(update=missing)
         return found
 
     def cell(self, task: Task, seed: int, runner: CellRunner) -> Cell:
@@ -96,7 +111,7 @@ class Point:
             task=task.name,
             seed=seed,
             label=self.label,
-            emulator_label="current",  # rebuilt in seconds from stage 1, where points would fill a disk
+            emulator_label="current",  # kept from task to task; one for every point would fill a disk
             public=self.public,
             stage_one=stage_one.model_copy(update={"seed": seed, "block_size": runner.fitting(stage_one.block_size)}),
             emulator=found["emulator"],
@@ -106,6 +121,7 @@ class Point:
                 "label": self.label,
                 "kind": task.kind,
                 "public": self.public,
+                "recipe": self.recipe,
                 "changes": list(self.changes),
                 "budget": vars(self.budget),
             },

@@ -12,6 +12,7 @@ from benchmarks.cells.tasks import CHOICES_OF_77, TASKS, prepare
 from benchmarks.utility.__main__ import main
 from benchmarks.utility.plan import BUDGETS, Point
 from benchmarks.utility.summary import ahead, markdown
+from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings
 from scaleot_ray.errors import ConfigError
 from tests.benchmarks.tiny_data import write_tiny_data
 
@@ -51,6 +52,32 @@ def test_a_point_needs_known_keys(place: Path, capsys: pytest.CaptureFixture[str
     assert _run(place, "--label", "../x") == 2
     with pytest.raises(ConfigError):
         Point("x", "python", BUDGETS["small"], ("stage_one.steps=many",)).sections()
+
+
+def test_a_budget_says_what_is_spent_unless_settings_do() -> None:
+    spent = Point("x", "python", BUDGETS["small"]).sections()
+    assert spent["stage_one"].steps == 20
+    assert spent["stage_one"].generated_tokens == 8_192
+    assert spent["emulator"].fit_tokens == 16_384
+    chosen = Point("x", "python", BUDGETS["small"], ("emulator.fit_tokens=0", "stage_one.steps=7")).sections()
+    assert chosen["stage_one"].steps == 7
+    assert chosen["emulator"].fit_tokens == 0
+
+
+def test_the_middle_budget_is_what_the_defaults_spend() -> None:
+    sections = Point("x", "python", BUDGETS["medium"]).sections()
+    defaults = {"stage_one": StageOneSettings(), "emulator": EmulatorSettings(), "tune": TuneSettings()}
+    assert sections == defaults
+    tune = defaults["tune"]
+    assert BUDGETS["medium"].tuning_tokens == tune.steps * tune.batch_size * tune.block_size
+
+
+def test_the_paper_recipe_has_no_fit_and_its_own_start() -> None:
+    sections = Point("x", "python", BUDGETS["small"], ("emulator.alpha=0.25",), "paper").sections()
+    assert sections["stage_one"].start == "random"
+    assert sections["stage_one"].generated_tokens == 0
+    assert sections["emulator"].fit_tokens == 0
+    assert sections["emulator"].alpha == 0.25
 
 
 def _entry(plug_in: float) -> dict[str, Any]:
