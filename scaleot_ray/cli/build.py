@@ -99,10 +99,12 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
     with ProgressBars() as bars:
         from scaleot_ray.artifacts.crossing import audit_beside
         from scaleot_ray.artifacts.inspect import describe
+        from scaleot_ray.data.dataset_key import check_sources
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.build import build
 
         use_usable_cores()
+        check_sources({"public": settings.public})  # loading a large model takes longer than finding a mistyped path
         audit = audit_beside(output)
         result = build(
             settings.model,

@@ -74,6 +74,13 @@ def test_missing_public_text(place: Path, warm: Warm) -> None:
     assert not (place / "untouched").exists()
 
 
+def test_missing_public_text_shows_before_the_model_is_loaded(place: Path, warm: Warm) -> None:
+    arguments = ["build", "--model", "no-model", "--public", "none.jsonl", "--output", "untouched", *BUILD]
+    done = warm.scaleot(*arguments, "--format", "json", cwd=place)
+    assert done.error["message"].startswith("public.path: none.jsonl does not exist")
+    assert not list(place.glob("untouched*"))  # no audit log or cache either
+
+
 def test_wrong_column(place: Path, warm: Warm) -> None:
     done = warm.scaleot(
         *("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", "--column", "text=body"),
