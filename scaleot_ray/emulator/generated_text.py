@@ -103,7 +103,7 @@ def _sample(
 ) -> torch.Tensor:
     cache = DynamicCache(config=model.config)
     parts, latest = [prompt], prompt
-    meter.advance(prompt.numel(), tokens=prompt.numel())
+    unreported = prompt.numel()  # openings come for nothing: counted before any work they would make a wild rate
     for _ in range(length - prompt.shape[1]):
         logits = model(input_ids=latest, past_key_values=cache, use_cache=True).logits[:, -1]
         chances = logits.float().softmax(-1)
@@ -114,5 +114,7 @@ def _sample(
             )
         latest = torch.multinomial(chances, 1, generator=generator)
         parts.append(latest)
-        meter.advance(len(latest), tokens=len(latest))
+        unreported += len(latest)
+        meter.advance(unreported, tokens=unreported)
+        unreported = 0
     return torch.cat(parts, dim=1).cpu()
