@@ -86,8 +86,8 @@ class Point:
             },
             "emulator": {"fit_tokens": self.budget.fit_tokens},
         }
-        for name, values in spent.items():
-            missing = {key: value for key, value in values.items() if key not in found[name].model_fields_set}
+        for name, tokens in spent.items():
+            missing = {key: value for key, value in tokens.items() if key not in found[name].model_fields_set}
             found[name] = found[name].model_copy(update=missing)
         return found
 
