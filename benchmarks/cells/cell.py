@@ -22,6 +22,7 @@ class Cell:
         emulator: settings of the emulator.
         tune: settings of the tuning, on the emulator and on the full model.
         test_rows: test rows, or blocks of text, that are measured.
+        all_layers: also tune every decoder layer of the full model.
         facts: what a summary groups cells by, beside task and seed.
     """
 
@@ -34,6 +35,7 @@ class Cell:
     emulator: EmulatorSettings
     tune: TuneSettings
     test_rows: int
+    all_layers: bool = field(default=False, compare=False)
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property

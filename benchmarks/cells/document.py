@@ -96,7 +96,9 @@ def _over_seeds(records: Sequence[Record]) -> Record:
             "Run the benchmark again with one budget; cells that fit already are kept.",
         )
     scores = [_scores(record) for record in records]
-    means = {row: mean_over_seeds([own[row] for own in scores]) for row in scores[0]}
+    # A row that some seeds lack has no mean.
+    common = [row for row in scores[0] if all(row in own for own in scores)]
+    means = {row: mean_over_seeds([own[row] for own in scores]) for row in common}
     metric = means["plug_in"].metric
     return {
         **{key: value for key, value in records[0]["cell"].items() if key != "seed"},

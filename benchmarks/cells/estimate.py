@@ -68,9 +68,15 @@ def cell_minutes(cell: Cell, tokens: TaskTokens, layers: int) -> float:
     return (tuning + (fit + (2 * share + 1) * tokens.evaluation) / FORWARD) / 60
 
 
-def full_minutes(tokens: TaskTokens) -> float:
-    """Minutes of the full model's rows for one task and seed: measured, tuned, measured."""
-    return (tokens.tuning / FORWARD_BACKWARD + 2 * tokens.evaluation / FORWARD) / 60
+def full_minutes(tokens: TaskTokens, all_layers: bool) -> float:
+    """Minutes of the full model's rows for one task and seed: measured, tuned, measured.
+
+    Args:
+        tokens: of the task.
+        all_layers: tuned and measured once more, with every layer tuned.
+    """
+    tuning = tokens.tuning / FORWARD_BACKWARD + tokens.evaluation / FORWARD
+    return ((2 if all_layers else 1) * tuning + tokens.evaluation / FORWARD) / 60
 
 
 def stage_one_minutes(settings: StageOneSettings, layers: int) -> float:
@@ -100,7 +106,8 @@ def budget_lines(
     for task, found in tokens.items():
         own = [cell for cell in cells if cell.task == task]
         seeds = len({cell.seed for cell in own})
-        minutes = sum(cell_minutes(cell, found, layers) for cell in own) + seeds * full_minutes(found)
+        full = seeds * full_minutes(found, any(cell.all_layers for cell in own))
+        minutes = sum(cell_minutes(cell, found, layers) for cell in own) + full
         total += minutes
         lines.append(
             f"{task}: {found.tuning:,} tokens a tuning run, {found.evaluation:,} an evaluation; "

@@ -16,6 +16,9 @@ from scaleot_ray.evaluation.table import ROWS, SECONDARY, TenantTable, recovered
 MEASURES = {metric: (metric, *further) for metric, further in SECONDARY.items()}
 """Measures of each metric."""
 
+ALL_LAYERS = "all_layers_tuned"
+"""Row beside the standard table: the full model with every decoder layer tuned; papers measure G against it."""
+
 DIFFERENCES = (("plug_in", "full_zero_shot"), ("plug_in", "emulator_tuned"), ("full_tuned", "full_zero_shot"))
 
 
@@ -95,20 +98,25 @@ def describe(rows: Mapping[str, Measured]) -> dict[str, Any]:
 
     Returns:
         By measure: ``rows`` {row: value, low, high}, ``differences`` {"plug_in - full_zero_shot": …},
-        ``gain`` {value, low, high, usable, reason}; and ``blocks``, how many test rows there were.
+        ``gain`` {value, low, high, usable, reason}; and ``blocks``, how many test rows there were. With the row
+        ``ALL_LAYERS`` also ``gain_of_all_layers``: G with that row in place of ``full_tuned``.
     """
     metric = rows["plug_in"].metric
-    table = TenantTable("", metric, rows)
+    standard = {row: rows[row] for row in ROWS}
+    table = TenantTable("", metric, standard)
     result: dict[str, Any] = {"blocks": len(rows["plug_in"].blocks(metric).counts)}
     for measure in MEASURES[metric]:
         result[measure] = {
-            "rows": {row: _interval(_own(rows[row].blocks(measure))) for row in ROWS},
+            "rows": {row: _interval(_own(score.blocks(measure))) for row, score in rows.items()},
             "differences": {
                 f"{row} - {other}": _interval(difference(rows[row].blocks(measure), rows[other].blocks(measure)))
                 for row, other in DIFFERENCES
             },
             "gain": vars(recovered_gain(table, measure=measure)),
         }
+        if ALL_LAYERS in rows:
+            of_all = TenantTable("", metric, {**standard, "full_tuned": rows[ALL_LAYERS]})
+            result[measure]["gain_of_all_layers"] = vars(recovered_gain(of_all, measure=measure))
     return result
 
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.cells.cell import Cell
 from benchmarks.cells.estimate import budget_lines, task_tokens
-from benchmarks.cells.measured import score_record
+from benchmarks.cells.measured import ALL_LAYERS, score_record
 from benchmarks.cells.tasks import Task, prepare, public_text, task_named
 from benchmarks.environment import environment, now
 from scaleot_ray import __version__
@@ -25,14 +25,17 @@ from scaleot_ray.config import DataSettings, ModelSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.evaluation.score import Score
+from scaleot_ray.families import layer_count
 from scaleot_ray.families.family import text_config
 from scaleot_ray.families.loading import BaseModel, load_base_model, model_digest
+from scaleot_ray.plugin import plug
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.build import build
 from scaleot_ray.stages.evaluate import evaluate_rows
 from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.record import read_record, write_record
-from scaleot_ray.stages.tune import tune_emulator
+from scaleot_ray.stages.score import TestRows
+from scaleot_ray.stages.tune import tune_emulator, tune_layers
 
 
 @dataclass(frozen=True)
@@ -108,19 +111,23 @@ class CellRunner:
             head = f"[{number}/{len(cells)}] {cell.name}"
             path = self.output / "cells" / f"{cell.name}.json"
             digest = self._digest(cell)
-            if read_record(path).get("digest") == digest:
+            known = read_record(path)
+            finished = known.get("digest") == digest
+            if finished and (ALL_LAYERS in known["rows"] or not cell.all_layers):
                 _say(f"{head}: finished before")
                 continue
             _say(f"{head}: begins")
             start = time.monotonic()
             try:
                 with ProgressBars() as bars:
-                    record = self._compute(cell, bars)
+                    record = known if finished else self._compute(cell, bars)
+                    if cell.all_layers:
+                        record["rows"][ALL_LAYERS] = self._all_layers_tuned(cell, bars)
             except RunFailed as error:
                 _say(f"{head}: failed. {error}")
                 failed.append(cell.name)
                 continue
-            write_record(path, {"digest": digest, **record})
+            write_record(path, {**record, "digest": digest})
             _say(f"{head}: finished in {clock(time.monotonic() - start)}")
         return failed
 
@@ -185,6 +192,41 @@ class CellRunner:
             folder = self.output / "full" / f"{cell.task}-{name}"
             rows |= self._measure((row,), cell, emulator, on_progress, folder=folder)
         return rows
+
+    def _all_layers_tuned(self, cell: Cell, on_progress: OnProgress) -> dict[str, Any]:
+        """Score of the full model with every decoder layer tuned, on the same batches and for as many steps."""
+        task = self._rows(cell)
+        digests = {"train": data_digest(task.train, "train"), "test": data_digest(task.test, "test")}
+        which = identity(**self.identity, **digests, tune=cell.tune)
+        path = self.output / "full" / f"{cell.task}-{cell.test_rows}-all-{which[:12]}.json"
+        record = read_record(path)
+        if not record:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = self._tune_all_layers(cell, path.with_suffix(".safetensors"), on_progress)
+            write_record(path, record)
+        return record
+
+    def _tune_all_layers(self, cell: Cell, checkpoint: Path, on_progress: OnProgress) -> dict[str, Any]:
+        base, task, tune = self.base, self._rows(cell), cell.tune
+        delta = tune_layers(
+            base.model,
+            base.family,
+            tuple(range(layer_count(base.model.config))),
+            base.tokenizer,
+            task.train,
+            None,
+            tune,
+            None,
+            f"tune all layers {cell.task}",
+            checkpoint,
+            True,
+            on_progress,
+        ).delta
+        rows = TestRows(task.test, base.tokenizer, tune.block_size, cell.test_rows, tune.too_long)
+        with plug(base.model, base.family, delta):
+            score = rows.score(base.model, f"all layers tuned {cell.task}", on_progress)
+        checkpoint.unlink(missing_ok=True)
+        return score_record(score)
 
     def _measure(
         self,

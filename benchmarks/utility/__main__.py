@@ -42,12 +42,17 @@ def _run(given: Sequence[str]) -> int:
     parser.add_argument("--stage-one-tokens", type=int, help="in place of the budget's")
     parser.add_argument("--tuning-tokens", type=int, help="in place of the budget's")
     parser.add_argument("--test-share", type=float, help="share of each task's test rows, in place of the budget's")
+    parser.add_argument(
+        "--all-layers",
+        action="store_true",
+        help="also tune all decoder layers of the full model, for G as papers give it; once per task and seed",
+    )
     options = parser.parse_args(given)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", options.label):
         raise ConfigError(f"--label: {options.label!r} is no file name.", "Use letters, digits, '_', '-' and '.'.")
     chosen = {key: getattr(options, key) for key in ("stage_one_tokens", "tuning_tokens", "test_share")}
     budget = replace(BUDGETS[options.budget], **{key: value for key, value in chosen.items() if value is not None})
-    point = Point(options.label, options.public, budget, tuple(options.set), options.recipe)
+    point = Point(options.label, options.public, budget, tuple(options.set), options.recipe, options.all_layers)
     point.sections()  # a wrong key shows before the model is loaded
     tasks, seeds = [task_named(task) for task in options.tasks.split(",")], numbers(options.seeds)
     use_processor(options)

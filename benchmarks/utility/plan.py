@@ -54,6 +54,7 @@ class Point:
         budget: what may be spent.
         changes: ``section.key=value``, what differs from the defaults, or from the recipe.
         recipe: ``default``, or ``paper`` for the paper's own choices.
+        all_layers: also tune every decoder layer of the full model.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Point:
     budget: Budget
     changes: tuple[str, ...] = ()
     recipe: str = "default"
+    all_layers: bool = False
 
     def sections(self) -> dict[str, Any]:
         """The sections ``stage_one``, ``emulator`` and ``tune`` as typed settings.
@@ -117,6 +119,7 @@ class Point:
             emulator=found["emulator"],
             tune=tune,
             test_rows=rows,
+            all_layers=self.all_layers,
             facts={
                 "label": self.label,
                 "kind": task.kind,

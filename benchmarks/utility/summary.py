@@ -12,7 +12,7 @@ AHEAD = 0.2
 
 _COLUMNS = (
     *("task", "point", "seeds", "margin", "verbatim"),
-    *("full zero-shot", "full tuned", "emulator tuned", "plug-in", "gain", "ahead", "G"),
+    *("full zero-shot", "full tuned", "emulator tuned", "plug-in", "gain", "ahead", "G", "G of all layers"),
 )
 
 
@@ -33,7 +33,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The means over seeds, one table for each measure."""
     legend = (
         "ahead: how far the plug-in is ahead of the tuned emulator, as a share of the full gain; G in parentheses "
-        f"where that is less than {100 * AHEAD:.0f} %."
+        f"where that is less than {100 * AHEAD:.0f} %. G of all layers: the same against the full model with every "
+        "decoder layer tuned."
     )
     return tables(document, _COLUMNS, _row, legend)
 
@@ -55,4 +56,5 @@ def _row(entry: Mapping[str, Any], measure: str) -> list[str]:
         with_interval(measure, found["differences"]["plug_in - full_zero_shot"]),
         "–" if lead is None else f"{100 * lead:.0f} %",
         shown if lead is None or lead >= AHEAD else f"({shown})",
+        gain(found["gain_of_all_layers"]) if "gain_of_all_layers" in found else "",
     ]

@@ -177,7 +177,7 @@ class _Evaluation:
         delta = tune_layers(
             base.model,
             base.family,
-            emulator_content(self.emulator.manifest),
+            emulator_content(self.emulator.manifest).plug_in_positions,
             base.tokenizer,
             self.train,
             self.validation,

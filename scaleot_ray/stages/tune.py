@@ -15,7 +15,7 @@ from scaleot_ray.artifacts.atomic import check_replaceable
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import MANIFEST_FILE, EmulatorContent, MetricsContent
+from scaleot_ray.artifacts.manifest import MANIFEST_FILE, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data import HoldOut, TokenBatches, padding_id, token_examples
@@ -141,7 +141,7 @@ def tune_emulator(
     tuned = tune_layers(
         model,
         family,
-        content,
+        content.plug_in_positions,
         tokenizer,
         train,
         validation,
@@ -174,7 +174,7 @@ def tune_emulator(
 def tune_layers(
     model: Any,
     family: Family,
-    content: EmulatorContent,
+    positions: tuple[int, ...],
     tokenizer: Any,
     train: DataSettings,
     validation: DataSettings | None,
@@ -185,7 +185,7 @@ def tune_layers(
     resume: bool,
     on_progress: OnProgress | None,
 ) -> Tuned:
-    """Tunes the plug-in layers of an emulator, or the same layers of the full model on the same batches.
+    """Tunes the layers at ``positions`` of an emulator or of a full model, on the same batches.
 
     Where ``settings`` ask for evaluations, they are made on ``validation``, or without it on rows of
     ``train`` that are then not trained on.
@@ -215,7 +215,7 @@ def tune_layers(
     return tune(
         model,
         family,
-        content.plug_in_positions,
+        positions,
         batches,
         settings,
         evaluate=evaluate,

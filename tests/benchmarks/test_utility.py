@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cells.measured import ALL_LAYERS
+from benchmarks.cells.runner import CellRunner
 from benchmarks.cells.tasks import CHOICES_OF_77, TASKS, prepare
 from benchmarks.utility.__main__ import main
 from benchmarks.utility.plan import BUDGETS, Point
@@ -42,6 +44,35 @@ def test_points_differ_in_what_was_set(place: Path, capsys: pytest.CaptureFixtur
     table = capsys.readouterr().out
     assert "| arc_easy | lora |" in table
     assert str(place) not in table
+
+
+def test_all_layers_are_tuned_once_and_added_to_a_finished_cell(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _run(place, "--label", "papers") == 0
+    cell = next((place / "out" / "cells").glob("arc_easy-seed0-papers.json"))
+    before = json.loads(cell.read_text())
+    assert _run(place, "--label", "papers", "--all-layers") == 0
+    after = json.loads(cell.read_text())
+    row = after["rows"].pop(ALL_LAYERS)
+    assert after == before  # nothing else was computed again
+    assert row["sums"]["log_likelihood"] != before["rows"]["full_tuned"]["sums"]["log_likelihood"]
+
+    monkeypatch.setattr(CellRunner, "_tune_all_layers", None)  # a second label finds the row where it was kept
+    assert _run(place, "--label", "again", "--all-layers") == 0
+    assert main(["summary", "--output", str(place / "out"), "--json", str(tmp_path / "utility.json")]) == 0
+    document = json.loads((tmp_path / "utility.json").read_text())
+    points = {entry["label"]: entry["measures"]["log_likelihood"] for entry in document["over_seeds"]}
+    assert points["papers"]["rows"][ALL_LAYERS] == points["again"]["rows"][ALL_LAYERS]
+    assert points["again"]["gain_of_all_layers"]["value"] != points["again"]["gain"]["value"]
+    assert _run(place, "--label", "papers", "--seeds", "1") == 0  # without that row: no mean over seeds then
+    assert main(["summary", "--output", str(place / "out"), "--json", str(tmp_path / "utility.json")]) == 0
+    mixed = json.loads((tmp_path / "utility.json").read_text())["over_seeds"]
+    papers = next(entry for entry in mixed if entry["label"] == "papers")
+    assert len(papers["seeds"]) == 2
+    assert ALL_LAYERS not in papers["measures"]["accuracy"]["rows"]
+    # Learnt faster with every layer, so the same plug-in recovers a smaller share.
+    assert points["again"]["rows"][ALL_LAYERS]["value"] > points["again"]["rows"]["full_tuned"]["value"]
 
 
 def test_a_point_needs_known_keys(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
