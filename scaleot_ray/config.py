@@ -168,6 +168,12 @@ class EmulatorSettings(Settings):
         description="public tokens on which harmonizers and compressed attention are fitted once more, in order of "
         "depth, each on what the emulator itself passes on; 0: not at all, as in the paper",
     )
+    fit_steps: int = Field(
+        40,
+        ge=0,
+        description="of that fit: gradient steps for each kept layer's compressed attention, which then follows the "
+        "full model's more closely; 0: closed form only",
+    )
     builder: Literal["scaleot", "uniform_drop"] = "scaleot"
     allow_unprotected: bool = Field(
         False, description="build what hides nothing, for experiments; such an artefact is never sent"

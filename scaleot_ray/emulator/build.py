@@ -108,7 +108,9 @@ def build_emulator(
         score = evaluate_loss(emulator, held_out, None, on_progress, "measure emulator")
     if stage_one is not None and settings.fit_tokens and public is not None:
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
-        fit = SequentialFit(base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge)
+        fit = SequentialFit(
+            base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge, settings.fit_steps
+        )
         fit.run(_at_least(settings.fit_tokens, public), on_progress)
         fitted = evaluate_loss(emulator, held_out, None, on_progress, "measure fit") if held_out else None
         # Little or monotonous text can make a fit that is worse on all other text.

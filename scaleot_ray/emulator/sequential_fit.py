@@ -3,9 +3,12 @@
 Harmonizers and factors that were fitted one layer at a time, on the full model's activations, meet other
 inputs in the emulator: the errors of all layers before them. Here two residual streams are carried through
 the depth side by side, the full model's and the emulator's, and each part is fitted in closed form from the
-emulator's stream towards the full model's, so that later layers undo what they can of earlier errors. No
-gradients; about three forward passes of the middle layers in all. (Ours. Calibrating on the compressed
-model's own activations is what GPTQ, arXiv 2210.17323, and SVD-LLM, arXiv 2403.07378, do for weights.)
+emulator's stream towards the full model's, so that later layers undo what they can of earlier errors: about three
+forward passes of the middle layers in all. (Ours. Calibrating on the compressed model's own activations is
+what GPTQ, arXiv 2210.17323, and SVD-LLM, arXiv 2403.07378, do for weights.)
+
+A product of queries and keys has no closed form of least error, so the factors of a layer's attention then
+take a few gradient steps together, towards what that layer's attention adds in the full model.
 """
 
 from __future__ import annotations
@@ -30,7 +33,13 @@ from scaleot_ray.emulator.reduced_rank import RegressionSums, reduced_rank_regre
 from scaleot_ray.families import Family, Projection, as_stored, dense_weight
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
-_BATCHES_AT_ONCE = 8
+_BATCHES_AT_ONCE = 4
+
+# Of the gradient steps: peak rate relative to a factor's root mean square, and steps of warm-up.
+_RATE, _WARMUP = 0.03, 10
+
+_Factors = list[tuple[torch.Tensor, torch.Tensor]]
+"""``up`` (rows of the part, rank) and ``down`` (rank, in) of each part of a projection."""
 
 
 @dataclass
@@ -61,6 +70,7 @@ class SequentialFit:
         roles: of the layers.
         beta: rank reduction of the kept layers' attention weights; 0 where they are as they were.
         ridge: λ relative to the mean squared input.
+        steps: gradient steps for the attention of each kept layer, about 2,000 tokens each.
     """
 
     def __init__(
@@ -71,10 +81,11 @@ class SequentialFit:
         roles: Sequence[LayerRole],
         beta: float,
         ridge: float,
+        steps: int = 0,
     ) -> None:
         self.model, self.family = model, family
         self.full_layers, self.layers = family.layers(model), family.layers(emulator)
-        self.beta, self.ridge = beta, ridge
+        self.beta, self.ridge, self.steps = beta, ridge, steps
         fitted = {LayerRole.REPLACED} | ({LayerRole.KEPT} if beta > 0 else set())
         self.positions = [index for index, role in enumerate(roles) if role in fitted]
         self.corrects = family.adds_attention_output(model.config)
@@ -161,6 +172,7 @@ class SequentialFit:
         *inner, output = self.family.attention
         sums = {projection.path: self._sums(index, projection) for projection in self.family.attention}
         targets = []
+        behind = _Spread()  # of the full model's stream behind its attention
         for stream in streams:
             usual = stream.usual()
             with _watching(self.full_layers[index], self.family.attention) as wanted:
@@ -175,13 +187,19 @@ class SequentialFit:
             if self.corrects:
                 target = target + stream.full - stream.emulated
             targets.append((usual, target[usual]))
+            behind.update((target + (stream.emulated if self.corrects else stream.full))[usual])
             stream.full = after
+        factors = {}
         for projection in inner:
-            self._install(index, projection, sums[projection.path])
+            factors[projection.path] = self._least_error(projection, sums[projection.path])
+            self._install(index, projection, factors[projection.path])
         for stream, (usual, target) in zip(streams, targets, strict=True):
             got = self._inputs(index, [output], stream)
             sums[output.path].update(_rows(got[output.path].input, stream)[usual], target)
-        self._install(index, output, sums[output.path])
+        factors[output.path] = self._least_error(output, sums[output.path])
+        self._install(index, output, factors[output.path])
+        if self.steps:
+            self._descend(index, factors, streams, targets, behind)
         for stream in streams:
             stream.emulated = self._emulated(index, stream)
 
@@ -196,9 +214,8 @@ class SequentialFit:
             self._emulated(index, stream)
         return seen
 
-    def _install(self, index: int, projection: Projection, sums: RegressionSums) -> None:
-        """Gives a compressed projection the factors, or their product, with the least error of its output."""
-        module = self.layers[index].get_submodule(projection.path)
+    def _least_error(self, projection: Projection, sums: RegressionSums) -> _Factors:
+        """Factors of a compressed projection, part by part, with the least error of its output."""
         xx, xy = sums.moments()
         parts = projection.parts(self.model.config) if projection.parts else [torch.arange(xy.shape[1])]
         factors = []
@@ -207,17 +224,95 @@ class SequentialFit:
             up, down = reduced_rank_regression(xx, xy[:, rows.to(xy.device)], rank, self.ridge)
             balance = (down.norm(dim=1) / up.norm(dim=0)).clamp_min(1e-12).sqrt()
             factors.append((up * balance, down / balance[:, None]))
+        return factors
+
+    def _stored(self, index: int, projection: Projection, factors: _Factors) -> dict[str, torch.Tensor]:
+        """What the emulator's layer holds of factors: themselves, or their product where it keeps that."""
+        module = self.layers[index].get_submodule(projection.path)
         if isinstance(module, LowRankLinear):
-            module.down = _parameter(torch.cat([down for _, down in factors]), module.down)
-            for part, (up, _) in enumerate(factors):
-                module.up[part] = _parameter(up, module.up[part])
-            return
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        product = torch.empty(xy.shape[1], len(xx), dtype=xx.dtype, device=xx.device)
-        for (up, down), rows in zip(factors, parts, strict=True):
-            product[rows.to(product.device)] = up @ down
-        module.weight = _parameter(as_stored(module, product), weight)
+            parts = {f"up.{part}": up for part, (up, _) in enumerate(factors)}
+            values = {"down": torch.cat([down for _, down in factors]), **parts}
+        else:
+            product = torch.cat([up @ down for up, down in factors])
+            if projection.parts:
+                product = product[torch.cat(list(projection.parts(self.model.config))).argsort().to(product.device)]
+            values = {"weight": as_stored(module, product)}
+        return {name: value.to(module.get_parameter(name)) for name, value in values.items()}
+
+    def _install(self, index: int, projection: Projection, factors: _Factors) -> None:
+        """Gives a compressed projection new parameters."""
+        module = self.layers[index].get_submodule(projection.path)
+        for name, value in self._stored(index, projection, factors).items():
+            parent, _, attribute = name.rpartition(".")
+            parameter = nn.Parameter(value.detach().contiguous(), requires_grad=False)
+            setattr(module.get_submodule(parent), attribute, parameter)
+
+    @torch.enable_grad()
+    def _descend(
+        self,
+        index: int,
+        factors: dict[str, _Factors],
+        streams: Sequence[_Streams],
+        targets: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        behind: _Spread,
+    ) -> None:
+        """Trains all factors of a layer's attention towards the target of its output projection.
+
+        Every dimension counts relative to how much the stream behind the attention varies in it.
+        """
+        layer, attention = self.layers[index], self.family.attention
+        trained = {path: [(_leaf(up), _leaf(down)) for up, down in own] for path, own in factors.items()}
+        leaves = [leaf for own in trained.values() for pair in own for leaf in pair]
+        rates = [_RATE * leaf.detach().square().mean().sqrt().item() for leaf in leaves]
+        optimizer = torch.optim.AdamW(
+            [{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves, rates, strict=True)],
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+        )
+        scale = behind.deviation().clamp_min(1e-12)
+        for step in range(self.steps):
+            stream, (usual, target) = streams[step % len(streams)], targets[step % len(streams)]
+            values = {
+                f"{projection.path}.{name}": value
+                for projection in attention
+                for name, value in self._stored(index, projection, trained[projection.path]).items()
+            }
+            with _watching(layer, attention[-1:], stop=True) as seen:
+                arguments, named = stream.calls.arguments[index]
+                torch.func.functional_call(layer, values, (stream.emulated, *arguments), named)
+            got = _rows(seen[attention[-1].path].output, stream)[usual]
+            loss = ((got.float() - target.float()) / scale).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            share = min(1.0, (step + 1) / _WARMUP) * (1 - step / self.steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = share * rate
+            optimizer.step()
+        for projection in attention:
+            self._install(index, projection, trained[projection.path])
+
+
+class _Spread:
+    """Standard deviation of each dimension over tokens that come in parts."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def update(self, values: torch.Tensor) -> None:
+        """Counts tokens (tokens, d)."""
+        wide = values.double()
+        self._count += len(wide)
+        self._sum = self._sum.to(wide) + wide.sum(0)
+        self._squares = self._squares.to(wide) + wide.square().sum(0)
+
+    def deviation(self) -> torch.Tensor:
+        """(d,), float32."""
+        mean = self._sum / max(self._count, 1)
+        return (self._squares / max(self._count, 1) - mean.square()).clamp_min(0).sqrt().float()
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().float().clone().requires_grad_(True)
 
 
 def _merged(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -284,10 +379,6 @@ def _with_own_parameters(harmonizer: nn.Module) -> Harmonizer:
         copy = nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
         setattr(harmonizer.get_submodule(parent), attribute, copy)
     return harmonizer
-
-
-def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like).contiguous(), requires_grad=False)
 
 
 def _relative_error(streams: Sequence[_Streams]) -> float:

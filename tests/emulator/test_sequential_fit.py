@@ -16,9 +16,10 @@ from scaleot_ray.emulator.build import FullModelFacts, build_emulator
 from scaleot_ray.emulator.layer_by_layer import layer_calls
 from scaleot_ray.emulator.layer_map import LayerRole
 from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.emulator.rank_compression import kept_rank
 from scaleot_ray.emulator.sequential_fit import SequentialFit
 from scaleot_ray.emulator.stage_one import StageOne
-from scaleot_ray.families import family_of
+from scaleot_ray.families import as_stored, family_of
 from scaleot_ray.families.loading import BaseModel
 from tests.emulator.token_stream import RandomTokens
 from tests.tiny_models import TINY, tiny_model, tiny_tokenizer, tiny_tokens
@@ -50,11 +51,14 @@ def batches(count: int = BATCHES, start: int = 0) -> list[Batch]:
     return [next(stream) for _ in range(count)]
 
 
-def fit(base: BaseModel, artifact: Artifact, text: Sequence[Batch] | None = None) -> tuple[Any, dict[int, float]]:
+def fit(
+    base: BaseModel, artifact: Artifact, text: Sequence[Batch] | None = None, steps: int = 0
+) -> tuple[Any, dict[int, float]]:
     """The emulator after a fit, and the error behind each layer."""
     model, content = assemble(artifact), emulator_content(artifact.manifest)
     roles = [LayerRole(role) for role in content.layer_map]
-    return model, SequentialFit(base.model, model, base.family, roles, content.beta, 1e-3).run(text or batches())
+    fitting = SequentialFit(base.model, model, base.family, roles, content.beta, 1e-3, steps)
+    return model, fitting.run(text or batches())
 
 
 @torch.no_grad()
@@ -84,6 +88,29 @@ def test_the_emulator_follows_the_model_more_closely(name: str, beta: float) -> 
     assert list(errors) == [index for index, role in enumerate(roles) if role in ("kept", "replaced")]
 
 
+@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("beta", [0.3, 0.8])  # stored as products, and as factors
+def test_gradient_steps_bring_it_closer_still(name: str, beta: float) -> None:
+    base, stage_one = owner(name)
+    artifact = emulator(base, stage_one, alpha=0.2, beta=beta)
+    closed_form, refined = fit(base, artifact)[0], fit(base, artifact, steps=60)[0]
+    # Where little was cut, attention of some tiny models has next to nothing to gain.
+    bound = 0.97 if beta == 0.8 else 1.0
+    assert stream_error(base, refined) < bound * stream_error(base, closed_form)
+    for index, role in enumerate(emulator_content(artifact.manifest).layer_map):
+        if role != "kept":
+            continue
+        for projection in base.family.attention:
+            path = f"{base.family.layer_prefix(index)}{projection.path}"
+            state = refined.state_dict()
+            if f"{path}.weight" in state:  # what is stored as a product has no more rank than it may
+                weight = as_stored(refined.get_submodule(path), state[f"{path}.weight"])
+                for rows in projection.parts(base.model.config) if projection.parts else [torch.arange(len(weight))]:
+                    rank = kept_rank((len(rows), weight.shape[1]), beta)
+                    assert torch.linalg.matrix_rank(weight[rows], rtol=1e-4) <= rank
+            assert not any(value.requires_grad for value in refined.get_submodule(path).parameters())
+
+
 def test_text_that_says_nothing_of_other_text_makes_it_worse() -> None:
     base, stage_one = owner()
     artifact = emulator(base, stage_one)
@@ -101,7 +128,7 @@ def test_the_model_and_stage_one_stay_as_they_were() -> None:
         index: {name: value.clone() for name, value in state.items()} for index, state in stage_one.harmonizers.items()
     }
     tensors = {name: value.clone() for name, value in artifact.tensors.items()}
-    fitted, _ = fit(base, artifact)
+    fitted, _ = fit(base, artifact, steps=5)
     assert all(torch.equal(value, weights[name]) for name, value in base.model.state_dict().items())
     assert all(torch.equal(artifact.tensors[name], value) for name, value in tensors.items())
     for index, state in stage_one.harmonizers.items():
@@ -186,14 +213,14 @@ def test_families_say_rightly_whether_attention_joins_the_stream_as_it_is(name: 
 def test_a_bfloat16_model_is_fitted_in_float32() -> None:
     base, stage_one = owner(dtype=torch.bfloat16)
     artifact = emulator(base, stage_one)
-    fitted, errors = fit(base, artifact)
+    fitted, errors = fit(base, artifact, steps=20)
     assert {value.dtype for value in fitted.state_dict().values()} == {torch.bfloat16}
     assert errors[max(errors)] < fit_error_in_float32() + 0.05
 
 
 def fit_error_in_float32() -> float:
     base, stage_one = owner()
-    _, errors = fit(base, emulator(base, stage_one))
+    _, errors = fit(base, emulator(base, stage_one), steps=20)
     return errors[max(errors)]
 
 
