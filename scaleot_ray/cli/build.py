@@ -10,6 +10,7 @@ import typer
 from scaleot_ray.cli.bars import ProgressBars
 from scaleot_ray.cli.inspect import show_artifact
 from scaleot_ray.cli.options import (
+    ColumnOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -17,6 +18,7 @@ from scaleot_ray.cli.options import (
     FormatOption,
     OverwriteOption,
     SetOption,
+    data_section,
     given,
 )
 from scaleot_ray.cli.output import Output, working
@@ -48,10 +50,11 @@ def build_command(
     cache: Annotated[
         str | None, typer.Option(help="Folder of stage-1 results; stays with the owner. Default: OUTPUT-cache.")
     ] = None,
+    column: ColumnOption = [],  # noqa: B006  typer copies it
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006  typer copies it
+    overrides: SetOption = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
@@ -73,7 +76,7 @@ def build_command(
     with working(context, "Run the same command again: stage 1 goes on from its last checkpoint.") as out:
         values = {
             "model": given(path=model, device=device, dtype=dtype),
-            "public": {"path": public},
+            "public": data_section(public, None, column, None, []),
             "emulator": given(
                 alpha=alpha, beta=beta, plug_in_layers=plug_in_layers, layout=layout, privacy=privacy, builder=builder
             ),

@@ -47,6 +47,22 @@ def test_the_same_build_again_is_found_done(place: Path, warm: Warm) -> None:
     assert "stage 1:" not in quarter.err
 
 
+def test_public_text_may_be_in_another_column(place: Path, tmp_path: Path, warm: Warm) -> None:
+    rows = [json.loads(line) for line in (place / "public.jsonl").read_text().splitlines()]
+    renamed = tmp_path / "public.jsonl"
+    renamed.write_text("".join(json.dumps({"content": row["text"]}) + "\n" for row in rows))
+    arguments = ["build", "--model", "model", "--public", renamed, "--output", tmp_path / "out", "--plug-in-layers", 2]
+
+    refused = warm.scaleot(*arguments, *BUILD, cwd=place)
+    assert refused.code == 2
+    assert "'content'" in refused.err  # the columns there are
+    assert "--column text=COLUMN" in refused.err
+    assert not (tmp_path / "out").exists()
+
+    built = warm.scaleot(*arguments, "--column", "text=content", *BUILD, cwd=place)
+    assert built.code == 0, built.err
+
+
 def test_tune_reports_the_delta(place: Path) -> None:
     document = json.loads((place / "tune.json").read_text())
     assert document["schema"] == "scaleot.tune/1"
