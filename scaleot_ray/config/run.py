@@ -1,0 +1,111 @@
+"""A whole run."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from scaleot_ray.config.inputs import DataSettings
+from scaleot_ray.config.owner import OwnerSettings
+from scaleot_ray.config.settings import Number, Settings
+from scaleot_ray.config.tune import TuneSettings
+from scaleot_ray.result_folder import ResultFolder
+
+
+class TenantSettings(Settings):
+    """One data owner of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    train: DataSettings
+    test: DataSettings
+    validation: DataSettings | None = Field(
+        None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
+    )
+    cpus: int = Field(1, ge=1, description="processors it tunes with, and the evaluator measures its rows with")
+    gpus: Number = Field(
+        0.0, ge=0, le=1, description="one GPU (1) or a share of it, for the same; an actor computes on one GPU at most"
+    )
+    tune: TuneSettings | None = Field(
+        None, description="keys that differ for this data owner; the others come from the run's tune section"
+    )
+
+
+class RunSettings(OwnerSettings):
+    """A whole run in the environment ``local``: one owner, its emulator, several data owners."""
+
+    tune: TuneSettings = TuneSettings()
+    tenants: tuple[TenantSettings, ...] = Field(min_length=1)
+    output: ResultFolder = Field(
+        "scaleot-runs/run", description="folder of artefacts, audit log and report", validate_default=True
+    )
+    evaluator: bool = Field(
+        False,
+        description="declare an evaluator that holds the full model and the tenants' test data; "
+        "without it the rows that need both secrets stay empty",
+    )
+    evaluate_examples: int | None = Field(
+        None, ge=1, description="at most so many test rows or blocks per tenant, and so many for validation"
+    )
+    owner_cpus: int = Field(2, ge=1, description="processors the model owner builds with")
+    owner_gpus: Number = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="one GPU (1) or a share of it, that the model owner builds with; an actor computes on one GPU "
+        "at most",
+    )
+
+    @model_validator(mode="after")
+    def _distinct_tenants(self) -> RunSettings:
+        names = [tenant.name for tenant in self.tenants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tenants: the name {twice[0]!r} is used twice; give each data owner its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_is_used(self) -> RunSettings:
+        for index, tenant in enumerate(self.tenants):
+            if tenant.validation is not None and self.tune_of(tenant).evaluate_every is None:
+                raise ValueError(
+                    f"tenants.{index}.validation: nothing evaluates on these rows; "
+                    "set tune.evaluate_every, or leave validation out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _device_is_given(self) -> RunSettings:
+        device, (kind, _, index) = self.model.device, self.model.device.partition(":")
+        if kind == "cpu" and self.owner_gpus:
+            raise ValueError(
+                f"model.device is {device}, so the model owner does not use the GPU of owner_gpus; "
+                "set owner_gpus to 0, or model.device to auto"
+            )
+        if kind != "cuda":
+            return self
+        if index not in ("", "0"):
+            raise ValueError(
+                f"model.device is {device}, but an actor of a run sees only the GPU that it is given, as cuda; "
+                "set model.device to cuda, and choose the run's GPUs with the environment variable "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        # Whoever holds the full model: with no GPU of its own, it would fail when its turn comes.
+        given = {"owner_gpus": self.owner_gpus}
+        if self.evaluator:
+            given |= {f"tenants.{number}.gpus": tenant.gpus for number, tenant in enumerate(self.tenants)}
+        without = [key for key, gpus in given.items() if not gpus]
+        if without:
+            keys = " and ".join(without)
+            holder = "the model owner" if without[0] == "owner_gpus" else "the evaluator"
+            raise ValueError(
+                f"model.device is {device}, but {keys} {'is' if len(without) == 1 else 'are'} 0, "
+                f"so {holder} has no GPU for the full model; "
+                f"set {keys} to 1 or to a share of a GPU, or model.device to auto, which takes the CPU where none is "
+                "given"
+            )
+        return self
+
+    def tune_of(self, tenant: TenantSettings) -> TuneSettings:
+        """How a data owner tunes: the run's section, with the keys that the data owner's own section gives."""
+        if tenant.tune is None:
+            return self.tune
+        return self.tune.model_copy(update={key: getattr(tenant.tune, key) for key in tenant.tune.model_fields_set})
