@@ -38,7 +38,7 @@ def write_artifact(artifact: Artifact, directory: str | Path, overwrite: bool = 
     manifest = render_manifest(artifact.manifest)
     parse_manifest(manifest)  # what could not be read again is not written
     artifact.verify()
-    shards = _by_file(artifact.manifest)
+    shards = entries_by_file(artifact.manifest)
     files = {**artifact.files, MANIFEST_FILE: manifest, CHECKSUM_FILE: _checksum(manifest)}
     sizes = [len(data) for data in files.values()]
     for entries in shards.values():
@@ -61,7 +61,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         ArtifactRefused: it is missing, too long, malformed, from a newer schema or altered.
     """
     directory = Path(directory)
-    with _about(directory):
+    with about(directory):
         data = _manifest_data(directory)
         manifest = parse_manifest(data)
         _check_checksum(directory, data)
@@ -74,7 +74,7 @@ def read_files(directory: str | Path, manifest: Manifest) -> dict[str, bytes]:
     Raises:
         ArtifactRefused: one of them is missing or is not what ``manifest`` says.
     """
-    with _about(Path(directory)):
+    with about(Path(directory)):
         return _files(Path(directory), manifest)
 
 
@@ -93,7 +93,7 @@ def read_artifact(directory: str | Path, expected_kind: Kind | None = None, veri
             it; the message names the directory and the file or tensor.
     """
     directory = Path(directory)
-    with _about(directory):
+    with about(directory):
         data = _manifest_data(directory)
         manifest = parse_manifest(data)
         if expected_kind is not None and manifest.kind != expected_kind:
@@ -101,7 +101,7 @@ def read_artifact(directory: str | Path, expected_kind: Kind | None = None, veri
                 f"is an artefact of kind {manifest.kind!r}, expected {expected_kind!r}.",
                 f"Give the directory of an artefact of kind {expected_kind!r}.",
             )
-        shards = _by_file(manifest)
+        shards = entries_by_file(manifest)
         check_listing(directory, [MANIFEST_FILE, CHECKSUM_FILE, *shards, *manifest.files])
         files = _files(directory, manifest)
         tensors: dict[str, torch.Tensor] = {}
@@ -117,7 +117,7 @@ def read_artifact(directory: str | Path, expected_kind: Kind | None = None, veri
 
 
 @contextmanager
-def _about(directory: Path) -> Iterator[None]:
+def about(directory: Path) -> Iterator[None]:
     """Puts the directory in front of a refusal, and turns a read error into one."""
     try:
         yield
@@ -150,7 +150,8 @@ def _checksum(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST_FILE}\n".encode()
 
 
-def _by_file(manifest: Manifest) -> dict[str, dict[str, TensorEntry]]:
+def entries_by_file(manifest: Manifest) -> dict[str, dict[str, TensorEntry]]:
+    """The tensor files of an artefact, each with the tensors it holds."""
     files: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for name, entry in manifest.tensors.items():
         files[entry.file][name] = entry

@@ -47,6 +47,15 @@ def tensor_file_header(entries: Mapping[str, TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def tensor_offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """Where each tensor's raw values begin in the file that holds ``entries``, in bytes from its start."""
+    offsets, start = {}, len(tensor_file_header(entries))
+    for name in _order(entries):
+        offsets[name] = start
+        start += entries[name].nbytes
+    return offsets
+
+
 def write_tensor_file(file: io.RawIOBase, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Any]) -> None:
     """Writes ``tensors`` (contiguous, on the CPU) without copying them.
 
@@ -69,6 +78,23 @@ def read_tensor_file(
         ArtifactRefused: the file is truncated or too long, or its header is not what the manifest
             implies; the message names the file, and the tensor where there is one.
     """
+    check_tensor_file(file, size, file_name, entries)
+    tensors = {}
+    for name in _order(entries):
+        tensor = torch.empty(entries[name].shape, dtype=DTYPES[entries[name].dtype])
+        if not fill(file, raw_bytes(tensor).data):
+            raise ArtifactRefused(f"file {file_name!r} is truncated within tensor {name!r}.", _REMEDY)
+        tensors[name] = tensor
+    return {name: tensors[name] for name in entries}
+
+
+def check_tensor_file(file: io.RawIOBase, size: int, file_name: str, entries: Mapping[str, TensorEntry]) -> None:
+    """Reads the header of a file of ``size`` bytes, and leaves the file where its first tensor begins.
+
+    Raises:
+        ArtifactRefused: the file is truncated or too long, or its header is not what the manifest
+            implies; the message names the file, and the tensor where there is one.
+    """
     expected = tensor_file_header(entries)
     found = _read_up_to(file, len(expected))
     if found != expected:
@@ -80,13 +106,6 @@ def read_tensor_file(
     if size != total:
         what = "truncated" if size < total else "too long"
         raise ArtifactRefused(f"file {file_name!r} is {what}: {size} bytes, expected {total}.", _REMEDY)
-    tensors = {}
-    for name in _order(entries):
-        tensor = torch.empty(entries[name].shape, dtype=DTYPES[entries[name].dtype])
-        if not _fill(file, raw_bytes(tensor).data):
-            raise ArtifactRefused(f"file {file_name!r} is truncated within tensor {name!r}.", _REMEDY)
-        tensors[name] = tensor
-    return {name: tensors[name] for name in entries}
 
 
 def _order(entries: Mapping[str, TensorEntry]) -> list[str]:
@@ -125,7 +144,8 @@ def _write(file: io.RawIOBase, data: memoryview) -> None:
         done += file.write(data[done:]) or 0
 
 
-def _fill(file: io.RawIOBase, data: memoryview) -> bool:
+def fill(file: io.RawIOBase, data: memoryview) -> bool:
+    """Reads from where ``file`` stands until ``data`` is full; False where the file ends before."""
     done = 0
     while done < len(data):
         count = file.readinto(data[done:])

@@ -5,6 +5,7 @@ Python. An unknown key is an error that names the nearest known one. Overrides o
 ``tune.learning_rate=5e-5`` reach any key.
 """
 
+from scaleot_ray.config.aggregation import AggregationSettings
 from scaleot_ray.config.inputs import DataSettings, ModelSettings
 from scaleot_ray.config.owner import PAPER, EmulatorSettings, OwnerSettings, StageOneSettings
 from scaleot_ray.config.reading import load_yaml, override, parse
@@ -14,6 +15,7 @@ from scaleot_ray.config.tune import TuneSettings
 
 __all__ = [
     "PAPER",
+    "AggregationSettings",
     "DataSettings",
     "EmulatorSettings",
     "ModelSettings",

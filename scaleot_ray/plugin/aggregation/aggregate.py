@@ -1,0 +1,142 @@
+"""Deltas of many data owners on one emulator as one delta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scaleot_ray.artifacts.raw_bytes import DTYPES
+from scaleot_ray.config import AggregationSettings
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.plugin.aggregation import low_rank, thinned
+from scaleot_ray.plugin.aggregation.combine import ACROSS_BYTES, median, trimmed_mean, weighted_mean
+from scaleot_ray.plugin.aggregation.contribution import Contribution, contributions
+from scaleot_ray.plugin.aggregation.server import ServerState, server_step
+from scaleot_ray.tuning.delta import Delta, MethodSettings
+from scaleot_ray.tuning.lora import rank_of
+
+FITS = {
+    "layers": ("mean", "median", "trimmed_mean", "ties", "dare"),
+    "lora": ("mean", "concat", "svd"),
+    "bottleneck": ("mean", "median", "trimmed_mean"),
+}
+"""Which ways of aggregating are right for which way of tuning."""
+
+
+@dataclass
+class Aggregate:
+    """One delta out of many.
+
+    Attributes:
+        delta: what the data owners changed together; what a server optimizer made of it where one is set.
+        clipped: data owners whose delta was shortened to ``clip_norm``.
+        lost: of ``svd``: the largest squared share of any update's norm that its rank does not hold; else 0.
+        state: the server optimizer's; None without one.
+    """
+
+    delta: Delta
+    clipped: list[str]
+    lost: float
+    state: ServerState | None
+
+
+def aggregate(
+    deltas: Sequence[tuple[str, str | Path, float]],
+    settings: AggregationSettings,
+    state: ServerState | None = None,
+) -> Aggregate:
+    """Combines deltas on disk, tensor by tensor.
+
+    The same deltas give the same bits in whatever order they come. Memory is that of the result and of
+    :func:`working_bytes`; of ``mean``, ``median`` and ``trimmed_mean`` it does not grow with the number of
+    deltas. ``mean`` of low-rank deltas averages the factors, so the update is not the mean of the updates:
+    it is near to it only where all data owners began with the same factors and moved little.
+
+    Args:
+        deltas: name of the data owner, folder of its delta, weight (its rows, or 1).
+        settings: how.
+        state: the server optimizer's after the round before.
+
+    Raises:
+        ConfigError: the method does not fit how the deltas were tuned, or they do not fit one another.
+        ArtifactRefused: a delta is damaged, or has changed on disk; names the folder and the tensor.
+    """
+    parts = contributions(deltas, settings.clip_norm)
+    method = parts[0].content.method
+    check_fits_tuning(settings, method)
+    tensors, made, lost = _combined(parts, settings)
+    if settings.server != "none":
+        tensors, state = server_step(settings, tensors, state)
+    entries = parts[0].stored.manifest.tensors
+    dtype = DTYPES[next(iter(entries.values())).dtype]
+    delta = Delta(
+        method,
+        tuple(parts[0].content.positions),
+        made,
+        {name: tensors[name].to(dtype) for name in entries},
+    )
+    return Aggregate(delta, [part.name for part in parts if part.factor < 1], lost, state)
+
+
+def check_fits_tuning(settings: AggregationSettings, method: str) -> None:
+    """Whether deltas of a method may be aggregated so; a run asks before anyone tunes.
+
+    Raises:
+        ConfigError: names a way that is right.
+    """
+    if settings.method not in FITS[method]:
+        raise ConfigError(
+            f"aggregation.method: {settings.method} is not right for deltas of tune.method={method}.",
+            f"Set it to one of {', '.join(FITS[method])}.",
+        )
+
+
+def working_bytes(parts: Sequence[Contribution], settings: AggregationSettings) -> int:
+    """Memory that aggregating takes beside its result, in bytes, about."""
+    if settings.method in ("concat", "svd"):
+        return low_rank.bytes_needed(parts)
+    if settings.method in ("ties", "dare"):
+        return thinned.bytes_needed(parts)
+    return ACROSS_BYTES
+
+
+def _combined(
+    parts: Sequence[Contribution], settings: AggregationSettings
+) -> tuple[dict[str, torch.Tensor], MethodSettings, float]:
+    """Tensors of the result, the settings it has as a delta, and what :class:`Aggregate` calls ``lost``."""
+    own = dict(parts[0].content.settings)
+    if settings.method in ("concat", "svd"):
+        return _low_rank(parts, settings, own)
+    for part in parts[1:]:
+        if part.content.settings != own:
+            raise ConfigError(
+                f"{parts[0].name} and {part.name} tuned with different settings of {part.content.method}, so their "
+                "values do not correspond.",
+                "Set the same rank, alpha or width for all, or aggregate low-rank deltas by concat or svd.",
+            )
+    combine = {
+        "mean": lambda name: weighted_mean(parts, name),
+        "median": lambda name: median(parts, name),
+        "trimmed_mean": lambda name: trimmed_mean(parts, name, settings.trim),
+        "ties": lambda name: thinned.ties(parts, name, settings.density),
+        "dare": lambda name: thinned.dare(parts, name, settings.density, settings.seed),
+    }[settings.method]
+    return {name: combine(name) for name in parts[0].stored.manifest.tensors}, own, 0.0
+
+
+def _low_rank(
+    parts: Sequence[Contribution], settings: AggregationSettings, own: MethodSettings
+) -> tuple[dict[str, torch.Tensor], MethodSettings, float]:
+    largest = max(rank_of(part.content.settings) for part in parts)
+    rank = low_rank.stacked_rank(parts) if settings.method == "concat" else settings.rank or largest
+    tensors, most = {}, 0.0
+    for module in parts[0].modules():
+        down, up = low_rank.stacked(parts, module)
+        if settings.method == "svd":
+            down, up, lost = low_rank.truncated(down, up, rank)
+            most = max(most, lost)
+        tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = down, up
+    return tensors, low_rank.settings_of_rank(own, rank), most

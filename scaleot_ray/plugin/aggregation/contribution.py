@@ -1,0 +1,150 @@
+"""A data owner's delta on disk as a part of an aggregate: its weight, its norm, how far it is shortened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from scaleot_ray.artifacts.manifest import DeltaContent
+from scaleot_ray.artifacts.piecewise import StoredArtifact
+from scaleot_ray.errors import ArtifactRefused, ConfigError
+from scaleot_ray.tuning.lora import alpha_of, rank_of
+
+PIECE = 1 << 20
+"""Values read at a time from one delta, where one is read after the other."""
+
+# Tensors whose multiple is that multiple of the whole change: of two maps in a row, the second.
+_SCALED = {"layers": ("",), "lora": (".lora_B",), "bottleneck": (".up.weight", ".up.bias")}
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One delta that takes part.
+
+    Attributes:
+        name: whose it is, for messages.
+        stored: the delta's artefact.
+        weight: its share of the whole, ≥ 0; shares of all contributions sum to 1.
+        factor: what the delta is multiplied with, below 1 where its norm was clipped.
+    """
+
+    name: str
+    stored: StoredArtifact
+    weight: float
+    factor: float = 1.0
+
+    @property
+    def content(self) -> DeltaContent:
+        """How it was tuned."""
+        content = self.stored.manifest.content
+        assert isinstance(content, DeltaContent)  # see contributions
+        return content
+
+    @property
+    def low_rank_scale(self) -> float:
+        """alpha / rank of a ``lora`` delta, times :attr:`factor`."""
+        return self.factor * alpha_of(self.content.settings) / rank_of(self.content.settings)
+
+    def pieces(self, name: str, values: int = PIECE) -> Iterator[torch.Tensor]:
+        """Values of one tensor, shortened, in the type of the artefact; see :meth:`StoredArtifact.pieces`."""
+        shorter = self.factor != 1 and name.endswith(_SCALED[self.content.method])
+        for piece in self.stored.pieces(name, values):
+            yield piece.mul_(self.factor) if shorter else piece
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """One whole tensor as float64, not shortened."""
+        shape = self.stored.manifest.tensors[name].shape
+        (values,) = self.stored.pieces(name, max(math.prod(shape), 1))
+        return values.double().reshape(shape)
+
+    def norm(self) -> float:
+        """Length of the change: the square root of the sum of all its values' squares.
+
+        ``lora``: of the products (alpha / rank) · B·A, which is what changes; ``bottleneck``: of the
+        second map, which starts at zero.
+        """
+        if self.content.method == "lora":
+            return math.sqrt(sum(self._squared_product(module) for module in self.modules()))
+        total = 0.0
+        for name in self.stored.manifest.tensors:
+            if not name.endswith(_SCALED[self.content.method]):
+                continue
+            for piece in self.stored.pieces(name, PIECE):
+                total += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
+        return math.sqrt(total)
+
+    def modules(self) -> list[str]:
+        """Of a ``lora`` delta: the modules that carry a pair."""
+        return [name.removesuffix(".lora_A") for name in self.stored.manifest.tensors if name.endswith(".lora_A")]
+
+    def _squared_product(self, module: str) -> float:
+        a, b = self.matrix(f"{module}.lora_A"), self.matrix(f"{module}.lora_B")
+        # ‖B·A‖² = tr(BᵀB · AAᵀ): two small Gram matrices instead of a matrix as large as the weight.
+        return self.low_rank_scale**2 * max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0)
+
+
+def contributions(
+    deltas: Sequence[tuple[str, str | Path, float]], clip_norm: float | None = None
+) -> list[Contribution]:
+    """Deltas on disk as the parts of one aggregate, in an order that does not depend on who came first.
+
+    Args:
+        deltas: name of the data owner, folder of its delta, weight ≥ 0.
+        clip_norm: longest norm a delta may count with; None reads none of them for it.
+
+    Raises:
+        ConfigError: there is none, two have one name, a weight is no number ≥ 0, all are 0, or they were
+            tuned on different emulators or in different ways; names the data owners.
+        ArtifactRefused: one is no delta, or is damaged.
+    """
+    names = [name for name, _, _ in deltas]
+    if not names:
+        raise ConfigError("There is no delta to aggregate.", "Give at least one.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{twice[0]} has two deltas in one aggregate.", "Give each data owner's delta once.")
+    for name, _, weight in deltas:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"{name}: the weight {weight} is no number from 0 on.", "Give its number of rows, or 1.")
+    total = sum(weight for _, _, weight in deltas)
+    if total <= 0:
+        raise ConfigError("All weights are 0, so no delta counts.", "Give one of them a weight above 0.")
+    found = [Contribution(name, _delta(directory), weight / total) for name, directory, weight in deltas]
+    for other in found[1:]:
+        _check_alike(found[0], other)
+    if clip_norm is not None:
+        found = [replace(one, factor=_shortened(one.norm(), clip_norm)) for one in found]
+    # Sums of floats depend on their order; sorted, the same deltas give the same bits.
+    return sorted(found, key=lambda one: (one.stored.manifest.digest(), one.name))
+
+
+def _shortened(norm: float, longest: float) -> float:
+    return min(1.0, longest / norm) if norm else 1.0
+
+
+def _delta(directory: str | Path) -> StoredArtifact:
+    stored = StoredArtifact(directory)
+    if stored.manifest.kind != "delta":
+        raise ArtifactRefused(
+            f"{directory}: is an artefact of kind {stored.manifest.kind!r}, expected 'delta'.",
+            "Give the folder that `scaleot tune` wrote its delta to.",
+        )
+    return stored
+
+
+def _check_alike(first: Contribution, other: Contribution) -> None:
+    """Raises where two deltas do not change the same things in the same way."""
+    one, two = first.content, other.content
+    both = f"{first.name} and {other.name}"
+    if first.stored.manifest.parent_digest != other.stored.manifest.parent_digest:
+        raise ConfigError(f"{both} tuned on different emulators.", "Aggregate deltas of one emulator.")
+    if one.method != two.method:
+        raise ConfigError(
+            f"{both} tuned with different methods, {one.method} and {two.method}.",
+            "Set one tune.method for all data owners that take part in the aggregate.",
+        )
+    if one.positions != two.positions or first.stored.manifest.tensors.keys() != other.stored.manifest.tensors.keys():
+        raise ConfigError(f"{both} changed different layers or projections.", "Aggregate deltas of one kind.")
