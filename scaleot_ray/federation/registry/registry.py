@@ -1,0 +1,75 @@
+"""What is known of a run, on disk: data owners, rounds, submissions, plug-ins, and what was made from what.
+
+Everything a coordinator needs to go on after it died. A method that changes something has it on the disk
+when it returns; only then is anything acknowledged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.artifacts.tensor_roles import emulator_content
+from scaleot_ray.federation.registry.database import Database
+from scaleot_ray.federation.registry.plug_ins import PlugIns
+from scaleot_ray.federation.registry.rounds import Rounds
+from scaleot_ray.federation.registry.submissions import Submissions
+from scaleot_ray.federation.registry.tenants import Tenants
+
+
+class Registry:
+    """The registry of one run; a context manager that closes it.
+
+    Attributes:
+        tenants, rounds, submissions, plug_ins: its tables.
+
+    Args:
+        path: its file.
+        write: as its coordinator, the only one that may then change it; else only to look.
+        clock: seconds since 1970, UTC.
+
+    Raises:
+        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.registry.database.Database`.
+    """
+
+    def __init__(self, path: Path, write: bool = True, clock: Callable[[], float] = time.time) -> None:
+        self._database, self._clock = Database(path, write), clock
+        self.tenants = Tenants(self._database, clock)
+        self.rounds = Rounds(self._database, clock, self.tenants)
+        self.submissions = Submissions(self._database, clock, self.rounds)
+        self.plug_ins = PlugIns(self._database, clock, self.rounds)
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._database.close()
+
+    def add_emulator(self, manifest: Manifest, folder: Path) -> None:
+        """Records an emulator that rounds are about; of one that is known, where it lies now."""
+        content = emulator_content(manifest)
+        settings = content.model_dump(mode="json", include={"builder", "plug_in_layers", "layout", "alpha", "beta"})
+        with self._database.writing() as transaction:
+            transaction.execute(
+                "INSERT INTO emulators VALUES (?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (digest) DO UPDATE SET folder = excluded.folder",
+                (
+                    manifest.digest(),
+                    manifest.base_model,
+                    content.base_digest,
+                    str(folder),
+                    json.dumps(settings),
+                    manifest.library_version,
+                    self._clock(),
+                ),
+            )

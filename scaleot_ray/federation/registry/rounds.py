@@ -1,0 +1,171 @@
+"""Rounds in the registry, and how far each data owner is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.federation.registry.database import Database
+from scaleot_ray.federation.registry.records import Part, PartState, Round, part_of, round_of
+from scaleot_ray.federation.registry.tenants import Tenants
+
+
+class Rounds:
+    """Tables of rounds and parts; see :class:`~scaleot_ray.federation.registry.registry.Registry`."""
+
+    def __init__(self, database: Database, clock: Callable[[], float], tenants: Tenants) -> None:
+        self._database, self._clock, self._tenants = database, clock, tenants
+
+    def open(
+        self,
+        emulator: str,
+        tenants: Iterable[str],
+        quorum: int,
+        start: str | None = None,
+        deadline: float | None = None,
+    ) -> Round:
+        """Opens the next round.
+
+        Args:
+            emulator: digest of the emulator.
+            tenants: who takes part.
+            quorum: submissions without which it fails.
+            start: digest of the aggregate it begins with.
+            deadline: seconds since 1970, UTC.
+
+        Raises:
+            ConfigError: a round is under way, the quorum is more than who takes part, or a data owner is
+                unknown.
+        """
+        names, now = list(tenants), self._clock()
+        with self._database.writing() as transaction:
+            current = self.current()
+            if current is not None:
+                raise ConfigError(f"Round {current.number} is still under way.", "Wait for its end.")
+            if not 1 <= quorum <= len(names):
+                raise ConfigError(
+                    f"rounds.quorum: {quorum} submissions are asked for, of {len(names)} data owners.",
+                    f"Set it to between 1 and {len(names)}.",
+                )
+            for name in names:
+                self._tenants.get(name)
+            number = len(self.all()) + 1
+            transaction.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, 'open', NULL, ?, ?, NULL)",
+                (number, emulator, start, quorum, now, deadline),
+            )
+            transaction.executemany(
+                "INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?)", [(number, name, now) for name in names]
+            )
+        return self.get(number)
+
+    def get(self, number: int) -> Round:
+        """A round by its number.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        row = self._database.row("SELECT * FROM rounds WHERE number = ?", number)
+        if row is None:
+            raise ConfigError(f"There is no round {number}.", f"Rounds so far: {len(self.all())}.")
+        return round_of(row)
+
+    def all(self) -> list[Round]:
+        """All rounds, in order."""
+        return [round_of(row) for row in self._database.rows("SELECT * FROM rounds ORDER BY number")]
+
+    def current(self) -> Round | None:
+        """The round under way: open, or closed and not finished."""
+        row = self._database.row("SELECT * FROM rounds WHERE state IN ('open', 'closed')")
+        return round_of(row) if row else None
+
+    def begin_part(self, number: int, tenant: str) -> int:
+        """Records that a data owner's tuning starts; gives how often it has by now."""
+        with self._database.writing() as transaction:
+            transaction.execute(
+                "UPDATE parts SET state = 'tuning', reason = NULL, attempts = attempts + 1, changed = ? "
+                "WHERE round = ? AND tenant = ? AND state != 'submitted'",
+                (self._clock(), number, tenant),
+            )
+        return self.part(number, tenant).attempts
+
+    def end_part(self, number: int, tenant: str, state: PartState, reason: str) -> None:
+        """Records why nothing is to be expected of a data owner in a round; of one that has submitted, nothing."""
+        with self._database.writing() as transaction:
+            transaction.execute(
+                "UPDATE parts SET state = ?, reason = ?, changed = ? "
+                "WHERE round = ? AND tenant = ? AND state != 'submitted'",
+                (state, reason, self._clock(), number, tenant),
+            )
+
+    def part(self, number: int, tenant: str) -> Part:
+        """How far a data owner is in a round.
+
+        Raises:
+            ConfigError: it takes no part in it.
+        """
+        found = self.find_part(number, tenant)
+        if found is None:
+            raise ConfigError(f"{tenant} takes no part in round {number}.", "`scaleot status` lists who does.")
+        return found
+
+    def find_part(self, number: int, tenant: str) -> Part | None:
+        """How far a data owner is in a round, if it takes part in it."""
+        row = self._database.row("SELECT * FROM parts WHERE round = ? AND tenant = ?", number, tenant)
+        return part_of(row) if row else None
+
+    def parts(self, number: int) -> list[Part]:
+        """Who takes part in a round, by name."""
+        return [
+            part_of(row) for row in self._database.rows("SELECT * FROM parts WHERE round = ? ORDER BY tenant", number)
+        ]
+
+    def close(self, number: int) -> Round:
+        """Settles what counts: an open round takes no more submissions; of another one nothing changes.
+
+        Who has submitted nothing is recorded as missing. With fewer submissions than its quorum the round
+        fails, and its reason says who is not there and why.
+        """
+        now = self._clock()
+        with self._database.writing() as transaction:
+            current = self.get(number)
+            if current.state != "open":
+                return current
+            transaction.execute(
+                "UPDATE parts SET state = 'missing', reason = 'submitted nothing in time', changed = ? "
+                "WHERE round = ? AND state IN ('waiting', 'tuning')",
+                (now, number),
+            )
+            absent = [part for part in self.parts(number) if part.state != "submitted"]
+            there = len(self.parts(number)) - len(absent)
+            if there >= current.quorum:
+                transaction.execute("UPDATE rounds SET state = 'closed' WHERE number = ?", (number,))
+            else:
+                names = "; ".join(f"{part.tenant}: {part.reason or part.state}" for part in absent)
+                self._end(number, "failed", f"{there} of the {current.quorum} submissions of its quorum ({names})")
+        return self.get(number)
+
+    def finish(self, number: int) -> None:
+        """Ends a closed round, whose result is recorded; within a transaction.
+
+        Raises:
+            ConfigError: it is open, or it failed.
+        """
+        current = self.get(number)
+        if current.state not in ("closed", "finished"):
+            raise ConfigError(f"Round {number} is {current.state}.", "Only a round that is closed has a result.")
+        self._end(number, "finished", None)
+
+    def fail(self, number: int, reason: str) -> None:
+        """Ends a round that is under way without a result."""
+        with self._database.writing():
+            self._end(number, "failed", reason)
+
+    def _end(self, number: int, state: str, reason: str | None) -> None:
+        self._database.execute(
+            "UPDATE rounds SET state = ?, reason = ?, ended = ? WHERE number = ? AND state IN ('open', 'closed')",
+            state,
+            reason,
+            self._clock(),
+            number,
+        )
