@@ -1,8 +1,14 @@
-"""The audit log: one line for every crossing, sent or refused."""
+"""The audit log: one line for every crossing, sent or refused, each with the digest of the line before.
+
+The chain shows that a line is missing, was altered or was put in between. It does not show that the last
+lines are missing, nor that someone wrote the whole log anew: for that, keep :attr:`AuditLog.head` somewhere
+else (a run's report has it).
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -21,6 +27,8 @@ DATA_OWNERS = "data owners"
 """Whoever the model owner hands an emulator's folder to."""
 
 _LOG = logging.getLogger(__name__)
+_KEYS = {"time", "sender", "recipient", "kind", "bytes", "digest", "decision", "reason"}
+_TAIL = 4096
 
 
 def data_owner(name: str) -> str:
@@ -37,16 +45,22 @@ class AuditLog:
     """An append-only file of JSON lines that several processes may write at once.
 
     Each line has ``time`` (ISO 8601, UTC), ``sender``, ``recipient``, ``kind``, ``bytes``, ``digest``,
-    ``decision`` and ``reason``, is one write and is on the disk when :meth:`record` returns.
+    ``decision``, ``reason`` and ``previous`` (SHA-256 of the bytes of the line before, without its end;
+    empty in the first line). It is one write and is on the disk when :meth:`record` returns.
 
     Attributes:
         damaged: numbers (from 1) of the lines that the latest :meth:`read` left out, because a
             process died while writing them.
+        broken: numbers of the lines whose ``previous`` is not the line before, by the latest
+            :meth:`read`: there, lines are missing, or the one before was altered.
+        head: SHA-256 of the last line, by the latest :meth:`read`; empty where there is none.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.damaged: list[int] = []
+        self.broken: list[int] = []
+        self.head = ""
 
     def record(
         self,
@@ -72,7 +86,7 @@ class AuditLog:
         Raises:
             ResourcesMissing: the line cannot be written; what it is about must not cross then.
         """
-        line = {
+        line: dict[str, Any] = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "sender": sender,
             "recipient": recipient,
@@ -86,6 +100,7 @@ class AuditLog:
             with self._appending() as (handle, size):
                 # A line that a dying process cut short must not swallow this one.
                 start = b"" if size == 0 or os.pread(handle, 1, size - 1) == b"\n" else b"\n"
+                line["previous"] = _digest(_last_line(handle, size))
                 data = start + json.dumps(line).encode() + b"\n"
                 try:
                     if os.write(handle, data) != len(data):
@@ -104,22 +119,27 @@ class AuditLog:
         """All complete lines, oldest first; an empty list where there is no log yet.
 
         Lines cut short by a process that died are left out, listed in :attr:`damaged` and logged as a
-        warning.
+        warning, as are breaks of the chain, listed in :attr:`broken`.
         """
-        self.damaged = []
+        self.damaged, self.broken, self.head = [], [], ""
         entries = []
         text = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.removesuffix(b"\n").split(b"\n") if text else [], start=1):
             try:
                 entry = json.loads(line)
             except ValueError:
                 entry = None
-            if isinstance(entry, dict) and "decision" in entry:
+            if isinstance(entry, dict) and entry.keys() >= _KEYS:
                 entries.append(entry)
+                if entry.get("previous") != self.head:
+                    self.broken.append(number)
             else:
                 self.damaged.append(number)
+            self.head = _digest(line)
         if self.damaged:
             _LOG.warning("audit log %s: incomplete lines %s; their crossings are not known", self.path, self.damaged)
+        if self.broken:
+            _LOG.warning("audit log %s: lines are missing or altered before lines %s", self.path, self.broken)
         return entries
 
     @contextmanager
@@ -132,3 +152,18 @@ class AuditLog:
             yield handle, os.fstat(handle).st_size
         finally:
             os.close(handle)
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest() if line else ""
+
+
+def _last_line(handle: int, size: int) -> bytes:
+    """Bytes of a file's last line, without its end; the line may lack its end."""
+    end = size - 1 if size and os.pread(handle, 1, size - 1) == b"\n" else size
+    start, tail = end, b""
+    while start > 0 and b"\n" not in tail:
+        step = min(start, _TAIL)
+        start -= step
+        tail = os.pread(handle, step, start) + tail
+    return tail.rpartition(b"\n")[2]

@@ -1,4 +1,4 @@
-"""``scaleot inspect DIR``: what an artefact holds."""
+"""``scaleot inspect PATH``: what an artefact holds, or what an audit log says."""
 
 from __future__ import annotations
 
@@ -15,45 +15,105 @@ from scaleot_ray.cli.tables import bytes_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from scaleot_ray.cli.output import Output
+
 
 def inspect_command(
     context: typer.Context,
-    directory: Annotated[str, typer.Argument(help="Folder of an artefact.", metavar="DIR")],
+    path: Annotated[str, typer.Argument(help="Folder of an artefact, or an audit log.", metavar="PATH")],
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
-    """Show what an artefact holds and check that it is whole.
+    """Show what an artefact holds, or an audit log says, and check that it is whole.
 
-    Reads the folder and checks every tensor and file against the manifest; writes
-    nothing. Prints sizes, the layers as a picture, the share of the owner's
-    parameters that leave verbatim, the base model, its licence, and the card.
+    Reads a folder and checks every tensor and file against the manifest. Prints
+    sizes, the layers as a picture, the share of the owner's parameters that leave
+    verbatim, the base model, its licence, and the card.
+
+    Reads an audit log, prints every crossing, and checks that each line follows
+    the one that was written before it. Compare the head with the one in the run's
+    report to see whether the last lines are missing.
+
+    Writes nothing. Exit code 3: something is missing or was altered.
 
     Examples:
 
       scaleot inspect emulator
 
       scaleot inspect tuned/delta --format json
+
+      scaleot inspect scaleot-runs/run/audit.jsonl
     """
     with working(context, "Run the same command again.") as out:
-        from scaleot_ray.artifacts.inspect import describe
-        from scaleot_ray.artifacts.storage import read_artifact
+        if Path(path).is_file():
+            _inspect_audit_log(out, Path(path))
+        else:
+            _inspect_artifact(out, Path(path))
 
-        artifact = read_artifact(directory)
-        card = artifact.files.get("README.md", b"").decode("utf-8", errors="replace")
-        document: dict[str, Any] = {
-            "schema": "scaleot.inspect/1",
-            "directory": str(Path(directory)),
-            "artifact": describe(artifact.manifest),
-            "card": card or None,
-        }
 
-        def show(console: Console) -> None:
-            show_artifact(console, document["artifact"])
-            if card:
-                console.rule("card")
-                console.print(card, markup=False)
+def _inspect_artifact(out: Output, directory: Path) -> None:
+    from scaleot_ray.artifacts.inspect import describe
+    from scaleot_ray.artifacts.storage import read_artifact
 
-        out.result(document, show)
+    artifact = read_artifact(directory)
+    card = artifact.files.get("README.md", b"").decode("utf-8", errors="replace")
+    document: dict[str, Any] = {
+        "schema": "scaleot.inspect/1",
+        "directory": str(directory),
+        "artifact": describe(artifact.manifest),
+        "card": card or None,
+    }
+
+    def show(console: Console) -> None:
+        show_artifact(console, document["artifact"])
+        if card:
+            console.rule("card")
+            console.print(card, markup=False)
+
+    out.result(document, show)
+
+
+def _inspect_audit_log(out: Output, path: Path) -> None:
+    from scaleot_ray.artifacts.audit import AuditLog
+    from scaleot_ray.errors import ArtifactRefused
+
+    log = AuditLog(path)
+    crossings = log.read()
+    if log.damaged and not crossings:
+        raise ArtifactRefused(f"{path}: is no audit log.", "Give audit.jsonl of a run, or the folder of an artefact.")
+    if log.broken:
+        raise ArtifactRefused(
+            f"{path}: lines are missing or altered before line {log.broken[0]}"
+            + (f" (and before {len(log.broken) - 1} more)." if log.broken[1:] else "."),
+            "Compare it with the other party's log; what this one says between those lines cannot be relied on.",
+        )
+    document = {
+        "schema": "scaleot.audit/1",
+        "path": str(path),
+        "head": log.head,
+        "incomplete_lines": log.damaged,
+        "crossings": crossings,
+    }
+    out.result(document, lambda console: _show_audit_log(console, document))
+
+
+def _show_audit_log(console: Console, document: Mapping[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("time", "from", "to", "kind", "size", "digest", ""):
+        table.add_column(name)
+    for line in document["crossings"]:
+        outcome = line["decision"] + (f": {line['reason']}" if line["reason"] else "")
+        size, digest = bytes_text(line["bytes"]), line["digest"][:12]
+        table.add_row(line["time"], line["sender"], line["recipient"], line["kind"], size, digest, outcome)
+    console.print(table)
+    if document["incomplete_lines"]:
+        numbers = ", ".join(map(str, document["incomplete_lines"]))
+        console.print(f"incomplete lines, of processes that died while writing: {numbers}", markup=False)
+    lines = len(document["crossings"]) + len(document["incomplete_lines"])
+    console.print(f"{lines} lines, none missing between them; head {document['head']}", markup=False, soft_wrap=True)
 
 
 def show_artifact(console: Console, artifact: Mapping[str, Any]) -> None:

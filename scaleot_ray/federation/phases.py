@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.config import RunSettings, TenantSettings
 from scaleot_ray.data.sources import find_sources
 from scaleot_ray.evaluation.table import TenantTable
@@ -305,6 +306,8 @@ class Phases:
             raise actor_failure(error, actor.role, actor.pid, self.session.logs) from error
 
     def _report(self, built: BuildResult) -> RunReport:
+        audit = AuditLog(self.folder.audit)
+        audit.read()
         seconds = {**built.seconds, **{stage: last - first for stage, (first, last) in self._spans.items()}}
         return RunReport(
             model=self.settings.model.path,
@@ -315,7 +318,8 @@ class Phases:
             tenants=[_result(tenant) for tenant in self.tenants],
             seconds=seconds,
             peak_rss_bytes=0,
-            audit=self.folder.audit,
+            audit=audit.path,
+            audit_head=audit.head,
         )
 
 

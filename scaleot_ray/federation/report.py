@@ -66,7 +66,7 @@ class RunReport:
         tenants: by data owner, in the settings' order.
         seconds: ``total``, and by stage.
         peak_rss_bytes: peak memory of all processes together, shared pages counted once.
-        audit: the audit log.
+        audit: the audit log; ``audit_head``: digest of its last line, so that missing last lines show.
     """
 
     model: str
@@ -78,6 +78,7 @@ class RunReport:
     seconds: dict[str, float]
     peak_rss_bytes: int
     audit: Path
+    audit_head: str
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values; see docs/json.md."""
@@ -90,6 +91,7 @@ class RunReport:
             "emulator": self._emulator(),
             "tenants": [tenant.as_json() for tenant in self.tenants],
             "audit": str(self.audit),
+            "audit_head": self.audit_head,
         }
 
     def write(self) -> Path:

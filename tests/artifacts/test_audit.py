@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,7 +18,8 @@ def test_a_line_says_who_sent_what_to_whom(tmp_path):
     log.record("owner", "alice", "emulator", 123, "ab" * 32)
     log.record("alice", "owner", "delta", 7, "cd" * 32, decision="refused", reason="tensor 'x'\nis missing")
     first, second = log.read()
-    assert first.keys() == {"time", "sender", "recipient", "kind", "bytes", "digest", "decision", "reason"}
+    names = {"time", "sender", "recipient", "kind", "bytes", "digest", "decision", "reason", "previous"}
+    assert first.keys() == second.keys() == names
     assert abs(datetime.fromisoformat(first["time"].replace("Z", "+00:00")) - datetime.now(timezone.utc)).seconds < 60
     assert (first["sender"], first["recipient"], first["kind"], first["bytes"]) == ("owner", "alice", "emulator", 123)
     assert (first["decision"], first["reason"]) == ("sent", None)
@@ -47,7 +49,7 @@ def test_processes_that_append_at_once_keep_every_line_whole(tmp_path):
         worker.join()
     log = AuditLog(path)
     entries = log.read()
-    assert log.damaged == []
+    assert log.damaged == log.broken == []
     for index in range(4):
         assert [entry["bytes"] for entry in entries if entry["sender"] == f"tenant {index}"] == list(range(50))
 
@@ -67,6 +69,54 @@ def test_truncated_last_line_is_left_out_and_reported(tmp_path, caplog, cut):
     log.record("a", "b", "delta", 3, "0")
     assert [entry["bytes"] for entry in log.read()][-1] == 3
     assert log.damaged == ([] if whole else [2])
+    assert log.broken == []  # a process that died has hidden nothing that was acknowledged
+
+
+def _chain(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for number in range(5):
+        log.record("a", "b", "delta", number, "0", reason="x" * (number * 3000))  # longer than one look back
+    assert len(log.read()) == 5
+    assert (log.broken, len(log.head)) == ([], 64)
+    return log, log.path.read_bytes().splitlines(keepends=True)
+
+
+def test_the_first_line_has_nothing_before_it_and_each_other_the_one_before(tmp_path):
+    _, lines = _chain(tmp_path)
+    previous = [json.loads(line)["previous"] for line in lines]
+    assert previous == ["", *(hashlib.sha256(line.rstrip(b"\n")).hexdigest() for line in lines[:-1])]
+
+
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_a_missing_line_shows(tmp_path, caplog, missing):
+    log, lines = _chain(tmp_path)
+    log.path.write_bytes(b"".join(lines[:missing] + lines[missing + 1 :]))
+    assert len(log.read()) == 4
+    assert log.broken == [missing + 1]
+    assert "missing or altered before lines" in caplog.text
+
+
+def test_missing_last_lines_show_in_the_head_that_was_kept(tmp_path):
+    log, lines = _chain(tmp_path)
+    head = log.head
+    log.path.write_bytes(b"".join(lines[:-1]))
+    log.read()
+    assert log.broken == []
+    assert log.head != head
+
+
+def test_altered_swapped_and_added_lines_show(tmp_path):
+    log, lines = _chain(tmp_path)
+    log.path.write_bytes(b"".join([lines[0], lines[1].replace(b'"bytes": 1', b'"bytes": 9'), *lines[2:]]))
+    assert log.read()[1]["bytes"] == 9
+    assert log.broken == [3]
+    log.path.write_bytes(b"".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    log.read()
+    assert log.broken == [2, 3, 4]
+    unchained = json.dumps({key: value for key, value in json.loads(lines[0]).items() if key != "previous"})
+    log.path.write_bytes(b"".join([*lines[:2], unchained.encode() + b"\n", *lines[2:]]))
+    log.read()
+    assert log.broken == [3, 4]
 
 
 def test_log_that_cannot_be_written_stops_the_crossing(tmp_path):

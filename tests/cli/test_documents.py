@@ -128,6 +128,7 @@ def results(place: Path, warm: Warm) -> dict[str, list[dict[str, Any]]]:
         ["inspect", "emulator"],
         ["inspect", "tuned/delta"],
         ["inspect", "tuned/metrics"],
+        ["inspect", "tuned/audit.jsonl"],
         ["eval", "--model", "model", "--test", "test.jsonl", "--set", "block_size=32"],
         ["eval", "--model", "model", "--test", "choice.jsonl", *choice, "--set", "block_size=32"],
         ["tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "validated", *TUNE, *validated],
@@ -140,7 +141,7 @@ def results(place: Path, warm: Warm) -> dict[str, list[dict[str, Any]]]:
     return by_schema
 
 
-@pytest.mark.parametrize("command", ["build", "tune", "inspect", "eval", "plug"])
+@pytest.mark.parametrize("command", ["build", "tune", "inspect", "audit", "eval", "plug"])
 def test_json_keys_are_those_of_the_page(results: dict[str, list[dict[str, Any]]], command: str) -> None:
     documents = results[f"scaleot.{command}/1"]
     assert {key for document in documents for key in undocumented(document)} == set()

@@ -261,6 +261,21 @@ class TestInspect:
         assert document["card"].startswith(f"# {kind.capitalize()} for `model`\n")
         assert (document["artifact"]["base_model"], document["artifact"]["licence"][:7]) == ("model", "unknown")
 
+    def test_an_audit_log(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot("inspect", "tuned/audit.jsonl", cwd=place)
+        assert done.code == 0
+        assert all(words in done.out for words in ("emulator", "delta", "metrics", "received", "none missing"))
+        lines = (place / "tuned" / "audit.jsonl").read_bytes().splitlines(keepends=True)
+        (place / "shorter.jsonl").write_bytes(b"".join([lines[0], *lines[2:]]))
+        done = warm.scaleot("inspect", "shorter.jsonl", cwd=place)
+        assert (done.code, done.out) == (3, "")
+        assert "shorter.jsonl: lines are missing or altered before line 2" in done.err
+
+    def test_another_file_is_no_audit_log(self, place: Path, warm: Warm) -> None:
+        done = warm.scaleot("inspect", "model/config.json", cwd=place)
+        assert done.code == 3
+        assert "model/config.json: is no audit log" in done.err
+
     @pytest.mark.parametrize("folder", ["tuned/delta", "tuned/metrics"])
     def test_small_artefacts_as_text(self, place: Path, folder: str, warm: Warm) -> None:
         done = warm.scaleot("inspect", folder, cwd=place)
