@@ -127,7 +127,8 @@ def _delta(manifest: Manifest, content: DeltaContent) -> list[str]:
         "## How it was made",
         f"Plug-in layers {_numbers(content.positions)} tuned by the method `{content.method}`"
         + (f" ({settings})" if settings else "")
-        + f" on emulator `{manifest.parent_digest}`.",
+        + f" on emulator `{manifest.parent_digest}`"
+        + (f", beginning with delta `{content.start}`, which it includes." if content.start else "."),
         "## What it reveals",
         f"{parameters:,} numbers that tuning on private data changed, and nothing else. Such numbers can still "
         "tell something about the data they were tuned on; this artefact claims no differential privacy.",

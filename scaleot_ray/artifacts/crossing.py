@@ -29,6 +29,7 @@ def cross(
     audit: AuditLog,
     *,
     parent: Manifest | None = None,
+    start: str | None = None,
     decision: Decision = "sent",
 ) -> None:
     """Takes an artefact through the gate; the audit log has a line when this returns, and when it raises.
@@ -38,6 +39,7 @@ def cross(
         sender, recipient: parties, for the audit log.
         audit: where the line goes.
         parent: the emulator's manifest, for deltas and metrics.
+        start: digest of the delta that a delta's tuning had to begin with.
         decision: what the line says of one that passes: ``sent`` or ``received``.
 
     Raises:
@@ -46,7 +48,7 @@ def cross(
     """
     kind, digest, size = artifact.manifest.kind, artifact.digest, artifact.nbytes
     try:
-        check_crossing(artifact, parent=parent)
+        check_crossing(artifact, parent=parent, start=start)
     except ArtifactRefused as error:
         audit.record(sender, recipient, kind, size, digest, decision="refused", reason=error.problem)
         raise

@@ -21,12 +21,13 @@ ACTIVATIONS = ("gelu", "silu", "relu")
 _REMEDY = "Tune again on the emulator this is meant for, and send the delta as scaleot_ray wrote it."
 
 
-def check_delta(manifest: Manifest, parent: Manifest | None) -> None:
+def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None = None) -> None:
     """Refuses a delta that does not belong to ``parent``, or has other tensors than its method.
 
     Args:
         manifest: the delta's.
         parent: the emulator's that it was tuned on.
+        start: digest of the delta that tuning had to begin with, if any.
 
     Raises:
         ArtifactRefused: names the tensor or setting, or the delta is larger than :func:`delta_limit`.
@@ -39,6 +40,10 @@ def check_delta(manifest: Manifest, parent: Manifest | None) -> None:
     if manifest.parent_digest != parent.digest():
         raise ArtifactRefused(
             f"the delta was tuned on emulator {manifest.parent_digest}, not on {parent.digest()}.", _REMEDY
+        )
+    if content.start != start:
+        raise ArtifactRefused(
+            f"tuning began with {_beginning(content.start)}, this round begins with {_beginning(start)}.", _REMEDY
         )
     if manifest.family != parent.family or manifest.model_config_json not in (None, parent.model_config_json):
         raise ArtifactRefused("the delta names another model family or config than its emulator.", _REMEDY)
@@ -71,6 +76,10 @@ def check_delta(manifest: Manifest, parent: Manifest | None) -> None:
             "Tune with a smaller tune.lora_rank or tune.bottleneck_width, or with tune.method=layers; send the delta "
             "as scaleot_ray wrote it.",
         )
+
+
+def _beginning(start: str | None) -> str:
+    return f"delta {start}" if start is not None else "the emulator as it is"
 
 
 def delta_limit(parent: Manifest) -> int:

@@ -26,13 +26,15 @@ _LEAVE_OUT = "Leave it out; send metrics as scaleot_ray wrote them."
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_./ -]{1,100}")
 
 
-def check_crossing(artifact: Artifact, *, parent: Manifest | None = None) -> None:
+def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, start: str | None = None) -> None:
     """Lets an artefact pass, or says why it must not cross.
 
     Args:
         artifact: what is to cross, in either direction.
         parent: the emulator's manifest; deltas and metrics are checked against it. Metrics pass without
             one only if they name no model, licence or parent.
+
+        start: digest of the delta that a delta's tuning had to begin with; None for the emulator as it is.
 
     Raises:
         ArtifactRefused: it is of no known kind, not what its manifest says, holds files its kind does not
@@ -46,7 +48,7 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None) -> Non
     if manifest.kind == "emulator":
         check_emulator(manifest)
     elif manifest.kind == "delta":
-        check_delta(manifest, parent)
+        check_delta(manifest, parent, start)
     else:
         _check_metrics(manifest, parent)
     if manifest.kind != "emulator":

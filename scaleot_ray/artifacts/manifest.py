@@ -182,11 +182,14 @@ class DeltaContent(_Checked):
         method: ``layers``, ``lora`` or ``bottleneck``.
         positions: indices of the plug-in layers it belongs to.
         settings: the method's own numbers (lora: rank, alpha, targets; bottleneck: width, activation).
+        start: digest of the delta that tuning began with, of an earlier round; None for the emulator as it
+            was received. The delta is the whole change, what it began with included.
     """
 
     method: Word
     positions: list[Annotated[int, Field(ge=0)]]
     settings: dict[str, int | float | str | list[str]] = {}
+    start: Digest | None = None
 
 
 class MetricsContent(_Checked):
@@ -299,7 +302,10 @@ class Manifest(_Checked):
         """SHA-256 (hex) of the manifest as canonical JSON without ``created``; names the artefact."""
         values = self.model_dump(mode="json", exclude={"created"})
         # Fields that came later count only where they are set: older artefacts keep their digests.
-        for part, later in ((values, ("base_model", "licence")), (values["content"], ("compression", "stage_one"))):
+        for part, later in (
+            (values, ("base_model", "licence")),
+            (values["content"], ("compression", "stage_one", "start")),
+        ):
             for name in later:
                 if part.get(name) is None:
                     part.pop(name, None)

@@ -30,7 +30,8 @@ from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.limits import check_block_size, check_delta_size, vocabulary_size
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import TestRows, numbers
-from scaleot_ray.tuning import Tuned, tune
+from scaleot_ray.tuning import Delta, Tuned, tune
+from scaleot_ray.tuning.delta import from_artifact
 
 RECORD = "tune.json"  # stays with the data owner: its key depends on the private rows
 
@@ -64,6 +65,7 @@ def tune_emulator(
     tune: TuneSettings,
     output: Path,
     *,
+    start: Artifact | None = None,
     name: str = "data owner",
     test: DataSettings | None = None,
     validation: DataSettings | None = None,
@@ -84,6 +86,7 @@ def tune_emulator(
         train: private rows to tune on.
         tune: method, steps, rates.
         output: the data owner's folder.
+        start: delta of an earlier round to begin with; what comes out includes it. Default: the emulator as it is.
         name: of the data owner, for progress.
         test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``. Nothing
             about tuning depends on them.
@@ -104,7 +107,7 @@ def tune_emulator(
         ResourcesMissing: memory or disk do not suffice.
         ArtifactRefused: with ``audit``: delta or metrics are not what may leave; they are not written.
     """
-    start = time.monotonic()
+    begun = time.monotonic()
     key = identity(
         version=__version__,
         emulator=emulator.digest,
@@ -113,10 +116,11 @@ def tune_emulator(
         test=data_digest(test, "test") if test is not None else None,
         evaluate_examples=evaluate_examples,
         **({"validation": data_digest(validation, "validation")} if validation is not None else {}),
+        **({"start": start.digest} if start is not None else {}),
     )
     if resume and (finished := _finished(output, key)) is not None:
         if audit is not None:
-            _leave([finished.delta, read_artifact(output / "metrics")], name, emulator, audit)
+            _leave([finished.delta, read_artifact(output / "metrics")], name, emulator, start, audit)
         return finished
     overwrite = overwrite or _began(output, key)
     if not overwrite and any((output / part).exists() for part in _PARTS):
@@ -151,15 +155,16 @@ def tune_emulator(
         checkpoint,
         resume,
         on_progress,
+        from_artifact(start) if start is not None else None,
     )
     if rows is not None:
         with plug(model, family, tuned.delta):
             values |= numbers(rows.score(model, f"emulator tuned {name}", on_progress), "emulator_tuned")
-    artifact = tuned.delta.to_artifact(emulator.manifest)
+    artifact = tuned.delta.to_artifact(emulator.manifest, start.digest if start is not None else None)
     metrics = with_card(Artifact.made_from(emulator.manifest, "metrics", MetricsContent(values=values)))
     if audit is not None:
-        _leave([artifact, metrics], name, emulator, audit)
-    seconds, history = time.monotonic() - start, tuned.history
+        _leave([artifact, metrics], name, emulator, start, audit)
+    seconds, history = time.monotonic() - begun, tuned.history
     record = {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds}
     # First, so that the same command, stopped before all is written, knows what is there as its own.
     write_record(output / RECORD, {**record, "validation": history.evaluations, "steps": history.steps})
@@ -184,6 +189,7 @@ def tune_layers(
     checkpoint: Path | None,
     resume: bool,
     on_progress: OnProgress | None,
+    start: Delta | None = None,
 ) -> Tuned:
     """Tunes the layers at ``positions`` of an emulator or of a full model, on the same batches.
 
@@ -218,6 +224,7 @@ def tune_layers(
         positions,
         batches,
         settings,
+        start=start,
         evaluate=evaluate,
         checkpoint=checkpoint,
         resume=resume,
@@ -226,9 +233,10 @@ def tune_layers(
     )
 
 
-def _leave(artifacts: list[Artifact], name: str, emulator: Artifact, audit: AuditLog) -> None:
+def _leave(artifacts: list[Artifact], name: str, emulator: Artifact, start: Artifact | None, audit: AuditLog) -> None:
+    began = start.digest if start is not None else None
     for artifact in artifacts:
-        cross(artifact, data_owner(name), MODEL_OWNER, audit, parent=emulator.manifest)
+        cross(artifact, data_owner(name), MODEL_OWNER, audit, parent=emulator.manifest, start=began)
 
 
 def _began(output: Path, key: str) -> bool:

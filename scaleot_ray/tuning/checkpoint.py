@@ -115,15 +115,20 @@ def check_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], path: 
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A cheap digest of all parameters (hex), to tell models apart by mistake, not by intent.
+    """:func:`tensors_fingerprint` of all parameters."""
+    return tensors_fingerprint(dict(model.named_parameters()))
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A cheap digest of tensors (hex), to tell them apart by mistake, not by intent.
 
     Sums of the bits as integers do not depend on the order of summation, so it is the same on any
     number of threads and on any device.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {int(bits.sum())}\n".encode())
+    for name, tensor in tensors.items():
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(bits.sum())}\n".encode())
     return digest.hexdigest()
 
 

@@ -45,9 +45,16 @@ class Delta:
         second = {"lora": (".lora_B",), "bottleneck": (".up.weight", ".up.bias")}.get(self.method, ("",))
         return not any(tensor.any() for name, tensor in self.tensors.items() if name.endswith(second))
 
-    def to_artifact(self, parent: Manifest) -> Artifact:
-        """The delta as what crosses, tied to the emulator ``parent`` it was tuned on, with its card."""
-        content = DeltaContent(method=self.method, positions=list(self.positions), settings=dict(self.settings))
+    def to_artifact(self, parent: Manifest, start: str | None = None) -> Artifact:
+        """The delta as what crosses, with its card.
+
+        Args:
+            parent: the emulator it was tuned on.
+            start: digest of the delta that tuning began with; None for the emulator as it was received.
+        """
+        content = DeltaContent(
+            method=self.method, positions=list(self.positions), settings=dict(self.settings), start=start
+        )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         return with_card(Artifact.made_from(parent, "delta", content, tensors))
 

@@ -26,8 +26,9 @@ from scaleot_ray.tuning.checkpoint import (
     model_fingerprint,
     prepare_place,
     read_checkpoint,
+    tensors_fingerprint,
 )
-from scaleot_ray.tuning.delta import Delta
+from scaleot_ray.tuning.delta import Delta, MethodSettings
 from scaleot_ray.tuning.gradient_checkpointing import gradient_checkpointing
 from scaleot_ray.tuning.methods import method_named
 from scaleot_ray.tuning.optimization import Optimization
@@ -78,6 +79,7 @@ def tune(
     batches: Batches,
     settings: TuneSettings,
     *,
+    start: Delta | None = None,
     evaluate: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
     resume: bool = True,
@@ -93,6 +95,8 @@ def tune(
     Args:
         model: a causal LM whose layers at ``positions`` are raw: an emulator or a full model.
         batches: seeded and re-iterable; one step takes ``settings.accumulate`` of them.
+        start: what tuning begins with, tuned in the same way; the result is the whole change, ``start``
+            included. Default: the model as it is.
         evaluate: value on validation rows, lower is better (nats per token); called every
             ``settings.evaluate_every`` steps and after the last, with the model in evaluation mode.
             With ``settings.patience`` the best state seen is the one that counts in the end.
@@ -103,7 +107,8 @@ def tune(
         stage: name of the work in progress reports.
 
     Raises:
-        ConfigError: settings do not go together or with the device, or ``checkpoint`` is of another run.
+        ConfigError: settings do not go together or with the device, ``start`` was tuned in another way, or
+            ``checkpoint`` is of another run.
         DataError: the batches end, or have no labelled token.
         RunFailed: a loss or gradient is not finite, or the checkpoint is damaged; the last checkpoint is whole.
         ResourcesMissing: the disk is too full for a checkpoint.
@@ -112,6 +117,8 @@ def tune(
     _check(settings, device, evaluate)
     method = method_named(settings.method)()
     carried = method.settings(settings, family)
+    if start is not None:
+        _check_start(start, method.name, positions, carried)
     saved = None
     run: dict[str, Any] = {}
     if checkpoint is not None:
@@ -120,6 +127,7 @@ def tune(
             "model": model_fingerprint(model),
             "positions": list(positions),
             **{f"tune.{key}": value for key, value in settings.decisive().items()},
+            **({"start": tensors_fingerprint(start.tensors)} if start is not None else {}),
         }
         saved = read_checkpoint(checkpoint) if resume else None
         if saved is not None:
@@ -128,6 +136,8 @@ def tune(
         parameters = method.attach(model, family, positions, carried)
         work = None
         try:
+            if start is not None:
+                method.load(start.tensors)
             work = Optimization(model, parameters, settings, method.learning_rate, device)
             loop = _Loop(model, work, settings, evaluate, checkpoint, run)
             loop.go(batches, saved, on_progress, stage)
@@ -219,6 +229,20 @@ class _Loop:
 def _tokens(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def _check_start(start: Delta, method: str, positions: tuple[int, ...], settings: MethodSettings) -> None:
+    if (start.method, start.positions) != (method, positions):
+        raise ConfigError(
+            f"Tuning begins with a delta of {start.method} in layers {list(start.positions)}, but tune.method={method} "
+            f"tunes layers {list(positions)}.",
+            f"Set tune.method to {start.method}, on the emulator that the delta is for.",
+        )
+    if start.settings != settings:
+        raise ConfigError(
+            f"Tuning begins with a delta of {method} with {start.settings}, but the settings say {settings}.",
+            "Tune in all rounds with the same rank, alpha and width.",
+        )
 
 
 def _check(settings: TuneSettings, device: torch.device, evaluate: Callable[[], float] | None) -> None:

@@ -223,6 +223,21 @@ def test_settings_are_those_of_the_method(method, settings, message):
     _refused(Artifact.made_from(parent, "delta", content, tensors), message, parent=parent)
 
 
+def test_a_delta_begins_where_its_round_does():
+    parent = emulator().manifest
+    plain = delta(parent)
+    content = plain.manifest.content.model_copy(update={"start": "ab" * 32})
+    later = Artifact.made_from(parent, "delta", content, plain.tensors)
+    check_crossing(plain, parent=parent)
+    check_crossing(later, parent=parent, start="ab" * 32)
+    _refused(later, "tuning began with delta abab.*begins with the emulator as it is", parent=parent)
+    with pytest.raises(ArtifactRefused, match="began with the emulator as it is, this round begins with delta abab"):
+        check_crossing(plain, parent=parent, start="ab" * 32)
+    with pytest.raises(ArtifactRefused, match="this round begins with delta cdcd"):
+        check_crossing(later, parent=parent, start="cd" * 32)
+    assert plain.manifest.digest() != later.manifest.digest()
+
+
 def test_delta_that_names_another_family_is_refused():
     parent = emulator().manifest
     _refused(delta(parent, family="gpt2"), "another model family", parent=parent)

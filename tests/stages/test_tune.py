@@ -49,6 +49,19 @@ def test_a_finished_tuning_is_reused(built: Built, tmp_path: Path) -> None:
     assert (second.delta.digest, second.metrics) == (first.delta.digest, first.metrics)
 
 
+def test_a_later_round_begins_with_an_earlier_ones_delta(built: Built, tmp_path: Path) -> None:
+    first = tuned(built, tmp_path / "first")
+    audit = AuditLog(tmp_path / "audit.jsonl")
+    second = tuned(built, tmp_path / "second", start=first.delta, audit=audit)
+    assert second.delta.manifest.content.start == first.delta.digest
+    assert f"beginning with delta `{first.delta.digest}`" in second.delta.files["README.md"].decode()
+    assert second.metrics["emulator_tuned"] < first.metrics["emulator_tuned"]
+    assert [line["decision"] for line in audit.read()] == ["sent", "sent"]
+    assert tuned(built, tmp_path / "second", start=first.delta).delta.digest == second.delta.digest
+    with pytest.raises(ConfigError, match="result of another tuning"):
+        tuned(built, tmp_path / "second")
+
+
 def test_a_finished_tuning_that_may_not_leave_is_refused(built: Built, tmp_path: Path) -> None:
     audit = AuditLog(tmp_path / "audit.jsonl")
     delta = tuned(built, tmp_path / "out", audit=audit).delta

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from scaleot_ray.artifacts.piecewise import StoredArtifact
 from scaleot_ray.artifacts.raw_bytes import DTYPES
 from scaleot_ray.config import AggregationSettings
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.plugin.aggregation import low_rank, thinned
 from scaleot_ray.plugin.aggregation.combine import ACROSS_BYTES, median, trimmed_mean, weighted_mean
-from scaleot_ray.plugin.aggregation.contribution import Contribution, contributions
+from scaleot_ray.plugin.aggregation.contribution import PIECE, Contribution, contributions
 from scaleot_ray.plugin.aggregation.server import ServerState, server_step
 from scaleot_ray.tuning.delta import Delta, MethodSettings
 from scaleot_ray.tuning.lora import rank_of
@@ -24,6 +25,8 @@ FITS = {
     "bottleneck": ("mean", "median", "trimmed_mean"),
 }
 """Which ways of aggregating are right for which way of tuning."""
+
+LOW_RANK = ("concat", "svd")
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Aggregate:
 def aggregate(
     deltas: Sequence[tuple[str, str | Path, float]],
     settings: AggregationSettings,
+    start: str | Path | None = None,
     state: ServerState | None = None,
 ) -> Aggregate:
     """Combines deltas on disk, tensor by tensor.
@@ -58,18 +62,22 @@ def aggregate(
     Args:
         deltas: name of the data owner, folder of its delta, weight (its rows, or 1).
         settings: how.
+        start: folder of the delta that their tuning began with; how far each has come since then is what
+            is combined, clipped and handed to the server optimizer, and the result includes it.
         state: the server optimizer's after the round before.
 
     Raises:
         ConfigError: the method does not fit how the deltas were tuned, or they do not fit one another.
         ArtifactRefused: a delta is damaged, or has changed on disk; names the folder and the tensor.
     """
-    parts = contributions(deltas, settings.clip_norm)
+    parts = contributions(deltas, start, settings.clip_norm)
     method = parts[0].content.method
     check_fits_tuning(settings, method)
     tensors, made, lost = _combined(parts, settings)
     if settings.server != "none":
         tensors, state = server_step(settings, tensors, state)
+    if parts[0].start is not None and settings.method not in LOW_RANK:
+        _add(tensors, parts[0].start)
     entries = parts[0].stored.manifest.tensors
     dtype = DTYPES[next(iter(entries.values())).dtype]
     delta = Delta(
@@ -87,6 +95,12 @@ def check_fits_tuning(settings: AggregationSettings, method: str) -> None:
     Raises:
         ConfigError: names a way that is right.
     """
+    if method == "lora" and settings.method == "mean" and settings.clip_norm is not None:
+        raise ConfigError(
+            "aggregation.clip_norm: a mean of low-rank factors cannot be clipped, since shorter factors are not a "
+            "shorter update.",
+            "Set aggregation.method to svd or concat, or leave clip_norm out.",
+        )
     if settings.method not in FITS[method]:
         raise ConfigError(
             f"aggregation.method: {settings.method} is not right for deltas of tune.method={method}.",
@@ -96,7 +110,7 @@ def check_fits_tuning(settings: AggregationSettings, method: str) -> None:
 
 def working_bytes(parts: Sequence[Contribution], settings: AggregationSettings) -> int:
     """Memory that aggregating takes beside its result, in bytes, about."""
-    if settings.method in ("concat", "svd"):
+    if settings.method in LOW_RANK:
         return low_rank.bytes_needed(parts)
     if settings.method in ("ties", "dare"):
         return thinned.bytes_needed(parts)
@@ -108,7 +122,7 @@ def _combined(
 ) -> tuple[dict[str, torch.Tensor], MethodSettings, float]:
     """Tensors of the result, the settings it has as a delta, and what :class:`Aggregate` calls ``lost``."""
     own = dict(parts[0].content.settings)
-    if settings.method in ("concat", "svd"):
+    if settings.method in LOW_RANK:
         return _low_rank(parts, settings, own)
     for part in parts[1:]:
         if part.content.settings != own:
@@ -125,6 +139,14 @@ def _combined(
         "dare": lambda name: thinned.dare(parts, name, settings.density, settings.seed),
     }[settings.method]
     return {name: combine(name) for name in parts[0].stored.manifest.tensors}, own, 0.0
+
+
+def _add(tensors: dict[str, torch.Tensor], start: StoredArtifact) -> None:
+    for name, tensor in tensors.items():
+        flat, place = tensor.view(-1), 0
+        for piece in start.pieces(name, PIECE):
+            flat[place : place + len(piece)] += piece
+            place += len(piece)
 
 
 def _low_rank(

@@ -1,4 +1,7 @@
-"""A data owner's delta on disk as a part of an aggregate: its weight, its norm, how far it is shortened."""
+"""A data owner's delta on disk as a part of an aggregate: its weight, its norm, how far it is shortened.
+
+Where a round began with the aggregate of the one before, what counts is by how much each delta differs from it.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,14 @@ class Contribution:
         name: whose it is, for messages.
         stored: the delta's artefact.
         weight: its share of the whole, ≥ 0; shares of all contributions sum to 1.
-        factor: what the delta is multiplied with, below 1 where its norm was clipped.
+        start: the delta that its tuning began with; None for the emulator as it is.
+        factor: what its change since then is multiplied with, below 1 where its norm was clipped.
     """
 
     name: str
     stored: StoredArtifact
     weight: float
+    start: StoredArtifact | None = None
     factor: float = 1.0
 
     @property
@@ -44,25 +49,28 @@ class Contribution:
         assert isinstance(content, DeltaContent)  # see contributions
         return content
 
-    @property
-    def low_rank_scale(self) -> float:
-        """alpha / rank of a ``lora`` delta, times :attr:`factor`."""
-        return self.factor * alpha_of(self.content.settings) / rank_of(self.content.settings)
-
     def pieces(self, name: str, values: int = PIECE) -> Iterator[torch.Tensor]:
-        """Values of one tensor, shortened, in the type of the artefact; see :meth:`StoredArtifact.pieces`."""
+        """Changes of one tensor's values since the start, shortened; see :meth:`StoredArtifact.pieces`."""
         shorter = self.factor != 1 and name.endswith(_SCALED[self.content.method])
+        before = self.start.pieces(name, values) if self.start is not None else None
         for piece in self.stored.pieces(name, values):
+            if before is not None:
+                piece = piece.sub_(next(before))
             yield piece.mul_(self.factor) if shorter else piece
 
-    def matrix(self, name: str) -> torch.Tensor:
-        """One whole tensor as float64, not shortened."""
-        shape = self.stored.manifest.tensors[name].shape
-        (values,) = self.stored.pieces(name, max(math.prod(shape), 1))
-        return values.double().reshape(shape)
+    def product(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a ``lora`` delta: float64 (A, B) whose product is the change of one module since the start, shortened.
+
+        A is (ranks, in) and B is (out, ranks), which holds alpha / rank; with a start, ranks are those of both.
+        """
+        down, up = pair(self.stored, module)
+        if self.start is not None:
+            first_down, first_up = pair(self.start, module)
+            down, up = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
+        return down, up * self.factor
 
     def norm(self) -> float:
-        """Length of the change: the square root of the sum of all its values' squares.
+        """Length of the change since the start: the square root of the sum of all its values' squares.
 
         ``lora``: of the products (alpha / rank) · B·A, which is what changes; ``bottleneck``: of the
         second map, which starts at zero.
@@ -73,7 +81,7 @@ class Contribution:
         for name in self.stored.manifest.tensors:
             if not name.endswith(_SCALED[self.content.method]):
                 continue
-            for piece in self.stored.pieces(name, PIECE):
+            for piece in self.pieces(name):
                 total += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
         return math.sqrt(total)
 
@@ -82,19 +90,36 @@ class Contribution:
         return [name.removesuffix(".lora_A") for name in self.stored.manifest.tensors if name.endswith(".lora_A")]
 
     def _squared_product(self, module: str) -> float:
-        a, b = self.matrix(f"{module}.lora_A"), self.matrix(f"{module}.lora_B")
+        down, up = self.product(module)
         # ‖B·A‖² = tr(BᵀB · AAᵀ): two small Gram matrices instead of a matrix as large as the weight.
-        return self.low_rank_scale**2 * max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0)
+        return max(float(((up.t() @ up) * (down @ down.t())).sum()), 0.0)
+
+
+def pair(stored: StoredArtifact, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 (A, B) of one module of a ``lora`` delta; B holds alpha / rank."""
+    content = stored.manifest.content
+    assert isinstance(content, DeltaContent)  # see contributions
+    scale = alpha_of(content.settings) / rank_of(content.settings)
+    return _matrix(stored, f"{module}.lora_A"), scale * _matrix(stored, f"{module}.lora_B")
+
+
+def _matrix(stored: StoredArtifact, name: str) -> torch.Tensor:
+    shape = stored.manifest.tensors[name].shape
+    (values,) = stored.pieces(name, max(math.prod(shape), 1))
+    return values.double().reshape(shape)
 
 
 def contributions(
-    deltas: Sequence[tuple[str, str | Path, float]], clip_norm: float | None = None
+    deltas: Sequence[tuple[str, str | Path, float]],
+    start: str | Path | None = None,
+    clip_norm: float | None = None,
 ) -> list[Contribution]:
     """Deltas on disk as the parts of one aggregate, in an order that does not depend on who came first.
 
     Args:
         deltas: name of the data owner, folder of its delta, weight ≥ 0.
-        clip_norm: longest norm a delta may count with; None reads none of them for it.
+        start: folder of the delta that their tuning began with.
+        clip_norm: longest norm a change may count with; None reads none of them for it.
 
     Raises:
         ConfigError: there is none, two have one name, a weight is no number ≥ 0, all are 0, or they were
@@ -112,9 +137,12 @@ def contributions(
     total = sum(weight for _, _, weight in deltas)
     if total <= 0:
         raise ConfigError("All weights are 0, so no delta counts.", "Give one of them a weight above 0.")
-    found = [Contribution(name, _delta(directory), weight / total) for name, directory, weight in deltas]
+    began = _delta(start) if start is not None else None
+    found = [Contribution(name, _delta(directory), weight / total, began) for name, directory, weight in deltas]
     for other in found[1:]:
         _check_alike(found[0], other)
+    if began is not None:
+        _check_alike(Contribution("the start", began, 0.0), found[0])
     if clip_norm is not None:
         found = [replace(one, factor=_shortened(one.norm(), clip_norm)) for one in found]
     # Sums of floats depend on their order; sorted, the same deltas give the same bits.

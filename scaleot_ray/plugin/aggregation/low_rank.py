@@ -12,25 +12,42 @@ from collections.abc import Sequence
 
 import torch
 
-from scaleot_ray.plugin.aggregation.contribution import Contribution
+from scaleot_ray.artifacts.manifest import DeltaContent
+from scaleot_ray.artifacts.piecewise import StoredArtifact
+from scaleot_ray.plugin.aggregation.contribution import Contribution, pair
 from scaleot_ray.tuning.delta import MethodSettings
 from scaleot_ray.tuning.lora import rank_of
 
 
 def stacked_rank(parts: Sequence[Contribution]) -> int:
-    """Rank of the exact sum: that of all deltas together."""
-    return sum(rank_of(part.content.settings) for part in parts)
+    """Rank of the exact sum: that of all deltas together, and that of the start where it does not cancel out."""
+    start = parts[0].start
+    began = rank_of(_settings(start)) if start is not None and _start_weight(parts) else 0
+    return sum(rank_of(part.content.settings) for part in parts) + began
 
 
 def stacked(parts: Sequence[Contribution], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair (A, B) whose product is Σ weight · (alpha / rank) · B·A, in float64.
+    """The pair (A, B) whose product is start + Σ weight · factor · (delta − start), in float64.
 
     Returns:
-        A (ranks of all, in) and B (out, ranks of all), which holds the weights.
+        A (ranks of all, in) and B (out, ranks of all), which holds the weights and alpha / rank.
     """
-    down = torch.cat([part.matrix(f"{module}.lora_A") for part in parts])
-    up = torch.cat([part.weight * part.low_rank_scale * part.matrix(f"{module}.lora_B") for part in parts], dim=1)
-    return down, up
+    weighted = [(part.stored, part.weight * part.factor) for part in parts]
+    if parts[0].start is not None and _start_weight(parts):
+        weighted.append((parts[0].start, _start_weight(parts)))
+    pairs = [(pair(stored, module), weight) for stored, weight in weighted]
+    return torch.cat([down for (down, _), _ in pairs]), torch.cat([weight * up for (_, up), weight in pairs], dim=1)
+
+
+def _start_weight(parts: Sequence[Contribution]) -> float:
+    """What is left of the start: nothing, unless a change is shortened."""
+    left = 1 - sum(part.weight * part.factor for part in parts)
+    return left if any(part.factor < 1 for part in parts) else 0.0
+
+
+def _settings(stored: StoredArtifact) -> MethodSettings:
+    assert isinstance(stored.manifest.content, DeltaContent)
+    return stored.manifest.content.settings
 
 
 def truncated(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -16,9 +16,11 @@ PARENT = "ab" * 32
 Given = list[tuple[str, Path, float]]
 
 
-def write_delta(delta: Delta, directory: Path, parent: str = PARENT) -> Path:
-    """Writes a delta without an emulator to belong to."""
-    content = DeltaContent(method=delta.method, positions=list(delta.positions), settings=dict(delta.settings))
+def write_delta(delta: Delta, directory: Path, parent: str = PARENT, start: str | None = None) -> Path:
+    """Writes a delta without an emulator to belong to; ``start``: digest of what its tuning began with."""
+    content = DeltaContent(
+        method=delta.method, positions=list(delta.positions), settings=dict(delta.settings), start=start
+    )
     return write_artifact(Artifact.create("delta", content, delta.tensors, parent_digest=parent), directory)
 
 
