@@ -106,7 +106,7 @@ class EmulatorContent(_Checked):
 
     Attributes:
         plug_in_layers: N_a; ``alpha``: fraction of the middle layers replaced; ``beta``: rank reduction.
-        layout: where the plug-in layers lie: ``ends``, ``spread`` or ``last``.
+        layout: where the plug-in layers lie: ``ends``, ``spread``, ``last`` or ``block``.
         layer_map: one role per decoder layer: ``plug_in``, ``kept``, ``replaced`` or ``dropped``.
         full_parameters, full_bytes: size of the full model.
         verbatim_parameters: parameters of the full model that are in the emulator unchanged.

@@ -39,7 +39,9 @@ def build_command(
     alpha: Annotated[float | None, typer.Option(help="Fraction α of the middle layers to replace, 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Rank reduction β of the kept layers' attention, 0 to 1.")] = None,
     plug_in_layers: Annotated[int | None, typer.Option(help="How many layers data owners tune, N_a.")] = None,
-    layout: Annotated[str | None, typer.Option(help="Where the plug-in layers are: ends, spread or last.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Where the plug-in layers are: ends, spread, last or block.")
+    ] = None,
     privacy: Annotated[
         str | None, typer.Option(help="low, medium or high: chooses α and β from what must stay hidden.")
     ] = None,

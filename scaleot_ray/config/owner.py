@@ -73,10 +73,11 @@ class EmulatorSettings(Settings):
     plug_in_layers: int = Field(
         4, ge=1, description="N_a, layers the data owner tunes; with 1 the model's last layer is never replaced"
     )
-    layout: Literal["ends", "spread", "last"] = Field(
+    layout: Literal["ends", "spread", "last", "block"] = Field(
         "ends",
         description="where the plug-in layers are. ends: the first and last N_a/2 layers; spread: evenly over the "
-        "depth (CRaSh); last: the last N_a layers",
+        "depth (CRaSh); last: the last N_a layers; block: N_a layers in a row around the middle of the depth, and "
+        "replaced layers behind them only",
     )
     alpha: Number = Field(0.5, ge=0, le=1, description="fraction of the middle layers that is replaced, rounded up")
     beta: Number = Field(0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights")

@@ -152,42 +152,50 @@ def check_triplet(layers: int, settings: EmulatorSettings) -> None:
             "Raise emulator.alpha (0.25 or more), or set emulator.allow_unprotected for an experiment; "
             "such an emulator is never sent.",
         )
-    if count > possible:
+    if count > len(possible):
         # One harmonizer more would change what all others learn, for a layer that hardly anyone hides.
+        largest = f"emulator.alpha to at most {math.floor(100 * len(possible) / middle) / 100}"
+        wider = "" if settings.layout == "block" else "emulator.plug_in_layers to 2 or more, or "
         raise ConfigError(
             f"emulator.alpha: {settings.alpha} with emulator.plug_in_layers {settings.plug_in_layers} replaces all "
             f"{middle} middle layers, the last layer of the model among them, for which stage 1 has no harmonizer.",
-            f"Set emulator.plug_in_layers to 2 or more, or emulator.alpha to at most "
-            f"{math.floor(100 * possible / middle) / 100}.",
+            f"Set {wider}{largest}.",
         )
 
 
-def replaceable_layers(layers: int, settings: EmulatorSettings) -> tuple[int, int]:
-    """How many middle layers there are, and how many of them the builder can do without.
+def replaceable_layers(layers: int, settings: EmulatorSettings) -> tuple[int, tuple[int, ...]]:
+    """How many middle layers there are, and which of them the builder can do without.
 
-    They differ with a single plug-in layer alone: stage 1 covers all layers but the first and the last.
+    Stage 1 covers all layers but the first and the last, which are plug-in layers in every layout of two
+    or more but ``block``; with ``block`` only layers behind the plug-in layers are replaced.
 
     Raises:
         ConfigError: ``plug_in_layers`` leaves no middle layers.
     """
-    middle = middle_layers(layers, plug_in_positions(layers, settings.plug_in_layers, settings.layout))
+    plug_in = _plug_in(layers, settings)
+    middle = middle_layers(layers, plug_in)
+    front = plug_in[-1] if settings.layout == "block" else -1
+    possible = tuple(index for index in middle if index > front)
     if settings.builder == "uniform_drop":
-        return len(middle), len(middle)
-    return len(middle), len(set(middle) & set(candidate_layers(layers)))
+        return len(middle), possible
+    return len(middle), tuple(index for index in possible if index in candidate_layers(layers))
 
 
 def choose_layers(layers: int, stage_one: StageOne | None, settings: EmulatorSettings) -> list[LayerRole]:
     """Role of every layer under the settings: plug-in, kept, replaced or dropped."""
-    plug_in = plug_in_positions(layers, settings.plug_in_layers, settings.layout)
-    middle = middle_layers(layers, plug_in)
-    count = replaced_count(len(middle), settings.alpha)
+    middle, possible = replaceable_layers(layers, settings)
+    plug_in, count = _plug_in(layers, settings), replaced_count(middle, settings.alpha)
     if settings.builder == "uniform_drop":
-        return layer_map(layers, plug_in, uniformly_dropped(middle, count), LayerRole.DROPPED)
+        return layer_map(layers, plug_in, uniformly_dropped(possible, count), LayerRole.DROPPED)
     if stage_one is None:
         if count:
             raise ConfigError("emulator.builder: scaleot needs a stage-1 result.", "Run stage 1 first.")
         return layer_map(layers, plug_in, ())
-    return layer_map(layers, plug_in, stage_one.least_important(middle, count))
+    return layer_map(layers, plug_in, stage_one.least_important(possible, count))
+
+
+def _plug_in(layers: int, settings: EmulatorSettings) -> tuple[int, ...]:
+    return plug_in_positions(layers, settings.plug_in_layers, settings.layout, settings.alpha)
 
 
 def _harmonizer_spec(stage_one: StageOne | None, roles: Iterable[LayerRole]) -> HarmonizerSpec | None:

@@ -22,7 +22,7 @@ class LayerRole(str, Enum):
     DROPPED = "dropped"
 
 
-def plug_in_positions(layers: int, count: int, layout: str = "ends") -> tuple[int, ...]:
+def plug_in_positions(layers: int, count: int, layout: str = "ends", alpha: float = 0.0) -> tuple[int, ...]:
     """Positions of the plug-in layers.
 
     Args:
@@ -31,7 +31,11 @@ def plug_in_positions(layers: int, count: int, layout: str = "ends") -> tuple[in
         layout: ``ends`` for the first ⌈N_a/2⌉ and last ⌊N_a/2⌋ layers (Offsite-Tuning, arXiv
             2302.04870), ``spread`` for an even spacing from the first to the last layer (CRaSh, arXiv
             2310.15477), ``last`` for the last N_a layers (ours: what they learn hardly depends on how gradients
-            pass through the emulator's middle).
+            pass through the emulator's middle), ``block`` for N_a layers in a row in the middle of the depth,
+            or as much further in front as leaves room for all replaced layers behind them (ours: in front of
+            all replaced layers, plug-in layers see nearly what they will see in the full model).
+        alpha: fraction of the middle layers that is replaced; ``block`` makes room for them, and for the last
+            layer, which is never replaced there.
 
     Raises:
         ConfigError: there are not at least two middle layers left.
@@ -46,6 +50,10 @@ def plug_in_positions(layers: int, count: int, layout: str = "ends") -> tuple[in
         return (*range(first), *range(layers - (count - first), layers))
     if layout == "last":
         return tuple(range(layers - count, layers))
+    if layout == "block":
+        room = layers - 1 - replaced_count(layers - count, alpha) - count
+        first = max(min((layers - count) // 2, room), 0)
+        return tuple(range(first, first + count))
     if count == 1:
         return (0,)
     return tuple(round(index * (layers - 1) / (count - 1)) for index in range(count))

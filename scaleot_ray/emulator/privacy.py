@@ -138,8 +138,7 @@ def build_for_privacy(
     bounds = LEVELS[settings.privacy]
     tried: list[Rung] = []
     layers = layer_count(base.model.config)
-    middle, possible = replaceable_layers(layers, settings)
-    ladder = [(alpha, beta) for alpha, beta in LADDER if replaced_count(middle, alpha) <= possible]
+    ladder = [(alpha, beta) for alpha, beta in LADDER if _possible(layers, settings, alpha)]
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     meter = ProgressMeter(f"privacy {settings.privacy}", len(ladder), on_progress)
     for alpha, beta in ladder:
@@ -170,6 +169,11 @@ def build_for_privacy(
         f"are {reached} and {min(rung.verbatim_share for rung in tried):.0%}.",
         "Use fewer plug-in layers (emulator.plug_in_layers), a lower level, or name emulator.alpha and emulator.beta.",
     )
+
+
+def _possible(layers: int, settings: EmulatorSettings, alpha: float) -> bool:
+    middle, possible = replaceable_layers(layers, settings.model_copy(update={"alpha": alpha}))
+    return replaced_count(middle, alpha) <= len(possible)
 
 
 def _safe_margin(rung: Rung) -> float:

@@ -153,12 +153,28 @@ def test_one_stage_one_result_serves_every_triplet_and_layout():
     base = _base()
     stage_one = _stage_one(base)
     for count in (1, 2, 3, 4):
-        for layout in ("ends", "spread", "last"):
+        for layout in ("ends", "spread", "last", "block"):
             for alpha in (0.3, 0.5, 0.75):
                 settings = _settings(plug_in_layers=count, layout=layout, alpha=alpha)
                 content = emulator_artifact(base, stage_one, settings, FACTS).manifest.content
                 assert content.layer_map.count("plug_in") == count
                 assert content.layer_map.count("replaced") == math.ceil(alpha * (8 - count))
+
+
+def test_in_the_block_layout_nothing_in_front_of_the_plug_in_layers_is_replaced():
+    base = _base()
+    stage_one = _stage_one(base)
+    stage_one.scores = {1: -9.0, 2: -8.0, 3: -7.0, 4: 2.0, 5: 1.0, 6: 3.0}
+    roles = choose_layers(8, stage_one, _settings(layout="block", plug_in_layers=2, alpha=0.3))
+    assert positions(roles, LayerRole.PLUG_IN) == (3, 4)
+    assert positions(roles, LayerRole.REPLACED) == (5, 6)
+    roles = choose_layers(8, stage_one, _settings(layout="block", plug_in_layers=2, alpha=0.5))
+    assert positions(roles, LayerRole.PLUG_IN) == (2, 3)
+    assert positions(roles, LayerRole.REPLACED) == (4, 5, 6)
+    roles = choose_layers(8, None, _settings(layout="block", plug_in_layers=2, alpha=0.3, builder="uniform_drop"))
+    assert min(positions(roles, LayerRole.DROPPED)) > 4
+    with pytest.raises(ConfigError, match=r"emulator\.alpha: 1\.0.*\n.*Set emulator\.alpha to at most 0\.83"):
+        emulator_artifact(base, stage_one, _settings(layout="block", plug_in_layers=2, alpha=1.0), FACTS)
 
 
 def test_least_important_layers_are_replaced():

@@ -30,6 +30,17 @@ def test_last_layout_takes_the_last_layers():
     assert plug_in_positions(30, 1, "last") == (29,)
 
 
+@pytest.mark.parametrize(
+    ("count", "alpha", "first"),
+    [(4, 0.0, 13), (4, 0.25, 13), (4, 0.46, 13), (4, 0.5, 12), (4, 0.75, 5), (4, 0.96, 0), (4, 1.0, 0), (1, 0.25, 14)],
+)
+def test_block_layout_has_room_behind_it_for_all_that_is_replaced(count, alpha, first):
+    found = plug_in_positions(30, count, "block", alpha)
+    assert found == tuple(range(first, first + count))
+    behind = 30 - 1 - (found[-1] + 1)  # the last layer stays
+    assert behind >= replaced_count(30 - count, alpha) or first == 0
+
+
 @pytest.mark.parametrize("count", [29, 30, 31, 100])
 def test_too_many_plug_in_layers_name_the_key_and_the_limit(count):
     with pytest.raises(ConfigError, match=r"plug_in_layers.*\n.*at most 28"):
