@@ -37,10 +37,10 @@ def test_digest_names_the_content_and_not_the_time():
     assert other.digest() != first.digest()
 
 
-def test_manifests_from_before_base_model_and_licence_are_read_and_keep_their_digests():
+def test_deltas_from_before_base_model_licence_and_start_are_read_and_keep_their_digests():
     manifest = delta(emulator().manifest.model_copy(update={"base_model": None, "licence": None})).manifest
     values = json.loads(render_manifest(manifest))
-    assert (values.pop("base_model"), values.pop("licence")) == (None, None)
+    assert (values.pop("base_model"), values.pop("licence"), values["content"].pop("start")) == (None, None, None)
     old = parse_manifest(json.dumps(values).encode())
     assert old == manifest
     del values["created"]
@@ -48,6 +48,8 @@ def test_manifests_from_before_base_model_and_licence_are_read_and_keep_their_di
     assert old.digest() == hashlib.sha256(text.encode()).hexdigest()
     named = old.model_copy(update={"base_model": "m"})
     assert named.digest() != old.digest() != old.model_copy(update={"licence": "m"}).digest()
+    begun = old.content.model_copy(update={"start": "ab" * 32})
+    assert old.model_copy(update={"content": begun}).digest() != old.digest()
 
 
 def test_emulators_from_before_compression_and_stage_one_are_read_and_keep_their_digests():
