@@ -176,7 +176,12 @@ def verify_tensor(name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:
     if not finite:
         raise _not_finite(name)
     if sha256 != entry.sha256:
-        raise ArtifactRefused(f"tensor {name!r} was altered: its SHA-256 is not the manifest's.", _ALTERED)
+        raise altered(name)
+
+
+def altered(name: str) -> ArtifactRefused:
+    """The refusal of a tensor whose SHA-256 is not that of its entry."""
+    return ArtifactRefused(f"tensor {name!r} was altered: its SHA-256 is not the manifest's.", _ALTERED)
 
 
 def verify_file(name: str, entry: FileEntry, data: bytes) -> None:

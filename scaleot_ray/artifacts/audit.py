@@ -1,7 +1,7 @@
 """The audit log: one line for every crossing, sent or refused, each with the digest of the line before.
 
 The chain shows that a line is missing, was altered or was put in between. It does not show that the last
-lines are missing, nor that someone wrote the whole log anew: for that, keep :attr:`AuditLog.head` somewhere
+lines are missing, nor that someone wrote the whole log anew: for that, keep :meth:`AuditLog.head` somewhere
 else (a run's report has it).
 """
 
@@ -53,14 +53,12 @@ class AuditLog:
             process died while writing them.
         broken: numbers of the lines whose ``previous`` is not the line before, by the latest
             :meth:`read`: there, lines are missing, or the one before was altered.
-        head: SHA-256 of the last line, by the latest :meth:`read`; empty where there is none.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.damaged: list[int] = []
         self.broken: list[int] = []
-        self.head = ""
 
     def record(
         self,
@@ -121,8 +119,8 @@ class AuditLog:
         Lines cut short by a process that died are left out, listed in :attr:`damaged` and logged as a
         warning, as are breaks of the chain, listed in :attr:`broken`.
         """
-        self.damaged, self.broken, self.head = [], [], ""
-        entries = []
+        self.damaged, self.broken = [], []
+        entries, previous = [], ""
         text = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(text.removesuffix(b"\n").split(b"\n") if text else [], start=1):
             try:
@@ -131,16 +129,23 @@ class AuditLog:
                 entry = None
             if isinstance(entry, dict) and entry.keys() >= _KEYS:
                 entries.append(entry)
-                if entry.get("previous") != self.head:
+                if entry.get("previous") != previous:
                     self.broken.append(number)
             else:
                 self.damaged.append(number)
-            self.head = _digest(line)
+            previous = _digest(line)
         if self.damaged:
             _LOG.warning("audit log %s: incomplete lines %s; their crossings are not known", self.path, self.damaged)
         if self.broken:
             _LOG.warning("audit log %s: lines are missing or altered before lines %s", self.path, self.broken)
         return entries
+
+    def head(self) -> str:
+        """SHA-256 of the last line; empty where there is none."""
+        if not self.path.exists():
+            return ""
+        with self.path.open("rb") as file:
+            return _digest(_last_line(file.fileno(), os.fstat(file.fileno()).st_size))
 
     @contextmanager
     def _appending(self) -> Iterator[tuple[int, int]]:

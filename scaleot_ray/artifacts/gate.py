@@ -33,7 +33,6 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, start:
         artifact: what is to cross, in either direction.
         parent: the emulator's manifest; deltas and metrics are checked against it. Metrics pass without
             one only if they name no model, licence or parent.
-
         start: digest of the delta that a delta's tuning had to begin with; None for the emulator as it is.
 
     Raises:

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 
+from scaleot_ray.artifacts.artifact import altered
 from scaleot_ray.artifacts.directory import check_listing, open_inside
 from scaleot_ray.artifacts.manifest import CHECKSUM_FILE, MANIFEST_FILE, Manifest
 from scaleot_ray.artifacts.raw_bytes import DTYPES, raw_bytes
 from scaleot_ray.artifacts.storage import about, entries_by_file, read_manifest
 from scaleot_ray.artifacts.tensor_file import check_tensor_file, fill, tensor_offsets
-from scaleot_ray.errors import ArtifactRefused
-
-_REMEDY = "Fetch the artefact again from its sender; if it is refused again, do not use it."
 
 
 class StoredArtifact:
@@ -71,10 +69,9 @@ class StoredArtifact:
             with about(self.directory):
                 with open_inside(self.directory, entry.file) as (file, _):
                     file.seek(place)
-                    if not fill(file, data):
-                        raise ArtifactRefused(f"file {entry.file!r} is truncated within tensor {name!r}.", _REMEDY)
+                    fill(file, data, entry.file, name)
                 digest.update(data)
                 place += len(data)
                 if start + values >= entry.parameters and digest.hexdigest() != entry.sha256:
-                    raise ArtifactRefused(f"tensor {name!r} was altered: its SHA-256 is not the manifest's.", _REMEDY)
+                    raise altered(name)
             yield piece

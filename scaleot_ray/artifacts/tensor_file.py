@@ -82,8 +82,7 @@ def read_tensor_file(
     tensors = {}
     for name in _order(entries):
         tensor = torch.empty(entries[name].shape, dtype=DTYPES[entries[name].dtype])
-        if not fill(file, raw_bytes(tensor).data):
-            raise ArtifactRefused(f"file {file_name!r} is truncated within tensor {name!r}.", _REMEDY)
+        fill(file, raw_bytes(tensor).data, file_name, name)
         tensors[name] = tensor
     return {name: tensors[name] for name in entries}
 
@@ -144,15 +143,18 @@ def _write(file: io.RawIOBase, data: memoryview) -> None:
         done += file.write(data[done:]) or 0
 
 
-def fill(file: io.RawIOBase, data: memoryview) -> bool:
-    """Reads from where ``file`` stands until ``data`` is full; False where the file ends before."""
+def fill(file: io.RawIOBase, data: memoryview, file_name: str, name: str) -> None:
+    """Reads values of the tensor ``name`` from where ``file`` stands until ``data`` is full.
+
+    Raises:
+        ArtifactRefused: the file ends before; names file and tensor.
+    """
     done = 0
     while done < len(data):
         count = file.readinto(data[done:])
         if not count:
-            return False
+            raise ArtifactRefused(f"file {file_name!r} is truncated within tensor {name!r}.", _REMEDY)
         done += count
-    return True
 
 
 def _read_up_to(file: io.RawIOBase, count: int) -> bytes:

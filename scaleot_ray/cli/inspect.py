@@ -90,7 +90,7 @@ def _inspect_audit_log(out: Output, path: Path) -> None:
     document = {
         "schema": "scaleot.audit/1",
         "path": str(path),
-        "head": log.head,
+        "head": log.head(),
         "incomplete_lines": log.damaged,
         "crossings": crossings,
     }

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from scaleot_ray.config.settings import Number, Settings
 
-LINEAR = ("mean", "median", "trimmed_mean")
+VALUE_BY_VALUE = ("mean", "median", "trimmed_mean")
 """Methods that work value by value, so that a server optimizer may follow them."""
 
 
@@ -41,9 +41,9 @@ class AggregationSettings(Settings):
 
     @model_validator(mode="after")
     def _server_follows_a_linear_method(self) -> AggregationSettings:
-        if self.server != "none" and self.method not in LINEAR:
+        if self.server != "none" and self.method not in VALUE_BY_VALUE:
             raise ValueError(
                 f"server={self.server} keeps a running value for every value of a delta, which {self.method} does not "
-                f"have; set method to one of {', '.join(LINEAR)}, or server to none"
+                f"have; set method to one of {', '.join(VALUE_BY_VALUE)}, or server to none"
             )
         return self

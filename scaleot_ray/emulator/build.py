@@ -154,20 +154,20 @@ def check_triplet(layers: int, settings: EmulatorSettings) -> None:
         )
     if count > len(possible):
         # One harmonizer more would change what all others learn, for a layer that hardly anyone hides.
-        largest = f"emulator.alpha to at most {math.floor(100 * len(possible) / middle) / 100}"
-        wider = "" if settings.layout == "block" else "emulator.plug_in_layers to 2 or more, or "
         raise ConfigError(
-            f"emulator.alpha: {settings.alpha} with emulator.plug_in_layers {settings.plug_in_layers} replaces all "
-            f"{middle} middle layers, the last layer of the model among them, for which stage 1 has no harmonizer.",
-            f"Set {wider}{largest}.",
+            f"emulator.alpha: {settings.alpha} replaces {count} of the {middle} middle layers, but with "
+            f"emulator.plug_in_layers {settings.plug_in_layers} and emulator.layout {settings.layout} only "
+            f"{len(possible)} can be: the model's first and last layer have no harmonizer.",
+            f"Set emulator.alpha to at most {math.floor(100 * len(possible) / middle) / 100}, or choose another layout "
+            "or number of plug-in layers.",
         )
 
 
 def replaceable_layers(layers: int, settings: EmulatorSettings) -> tuple[int, tuple[int, ...]]:
     """How many middle layers there are, and which of them the builder can do without.
 
-    Stage 1 covers all layers but the first and the last, which are plug-in layers in every layout of two
-    or more but ``block``; with ``block`` only layers behind the plug-in layers are replaced.
+    Stage 1 covers all layers but the first and the last. With ``block``, only layers behind the plug-in
+    layers are replaced.
 
     Raises:
         ConfigError: ``plug_in_layers`` leaves no middle layers.

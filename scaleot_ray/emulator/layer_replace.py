@@ -38,8 +38,8 @@ from scaleot_ray.progress import OnProgress, ProgressMeter
 def candidate_layers(layers: int) -> tuple[int, ...]:
     """Layers that stage 1 trains harmonizers for: all but the first and the last.
 
-    Every layout of two or more plug-in layers contains those two, so one stage-1 result serves any
-    number of plug-in layers. With a single one, the last layer is never replaced.
+    So one stage-1 result serves any number of plug-in layers in any layout; where a layout has these two
+    layers among the middle ones, they are kept.
     """
     return tuple(range(1, layers - 1))
 

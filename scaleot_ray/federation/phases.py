@@ -306,8 +306,6 @@ class Phases:
             raise actor_failure(error, actor.role, actor.pid, self.session.logs) from error
 
     def _report(self, built: BuildResult) -> RunReport:
-        audit = AuditLog(self.folder.audit)
-        audit.read()
         seconds = {**built.seconds, **{stage: last - first for stage, (first, last) in self._spans.items()}}
         return RunReport(
             model=self.settings.model.path,
@@ -318,8 +316,8 @@ class Phases:
             tenants=[_result(tenant) for tenant in self.tenants],
             seconds=seconds,
             peak_rss_bytes=0,
-            audit=audit.path,
-            audit_head=audit.head,
+            audit=self.folder.audit,
+            audit_head=AuditLog(self.folder.audit).head(),
         )
 
 

@@ -77,7 +77,7 @@ def _chain(tmp_path):
     for number in range(5):
         log.record("a", "b", "delta", number, "0", reason="x" * (number * 3000))  # longer than one look back
     assert len(log.read()) == 5
-    assert (log.broken, len(log.head)) == ([], 64)
+    assert (log.broken, len(log.head())) == ([], 64)
     return log, log.path.read_bytes().splitlines(keepends=True)
 
 
@@ -98,11 +98,11 @@ def test_a_missing_line_shows(tmp_path, caplog, missing):
 
 def test_missing_last_lines_show_in_the_head_that_was_kept(tmp_path):
     log, lines = _chain(tmp_path)
-    head = log.head
+    head = log.head()
     log.path.write_bytes(b"".join(lines[:-1]))
     log.read()
     assert log.broken == []
-    assert log.head != head
+    assert log.head() != head
 
 
 def test_altered_swapped_and_added_lines_show(tmp_path):

@@ -182,9 +182,7 @@ def test_one_plug_in_layer_leaves_the_last_layer_as_it_is(built: Built, tmp_path
     content = emulator_content(again(built, tmp_path / "e", emulator=settings).manifest)
     assert content.layer_map == ["plug_in", *["replaced"] * 6, "kept"]
     heard: list[Progress] = []
-    with pytest.raises(
-        ConfigError, match=r"emulator.alpha: 1.0 with emulator.plug_in_layers 1 replaces all 7"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"emulator.alpha: 1.0 replaces 7 of the 7 .* only 6 can be") as caught:
         again(
             built,
             tmp_path / "f",

@@ -1,8 +1,7 @@
 """The registry of a run: one SQLite file that a coordinator can come back from."""
 
 from scaleot_ray.federation.registry.plug_ins import NewPlugIn
-from scaleot_ray.federation.registry.records import AGGREGATE, Part, PlugIn, Round, Submission, Tenant
+from scaleot_ray.federation.registry.records import AGGREGATE, NewSubmission, Part, PlugIn, Round, Submission, Tenant
 from scaleot_ray.federation.registry.registry import Registry
-from scaleot_ray.federation.registry.submissions import NewSubmission
 
 __all__ = ["AGGREGATE", "NewPlugIn", "NewSubmission", "Part", "PlugIn", "Registry", "Round", "Submission", "Tenant"]

@@ -74,13 +74,13 @@ class Database:
         return found[0] if found else None
 
     def execute(self, statement: str, *values: object) -> None:
-        """One statement of a transaction that is open."""
+        """One statement of the transaction that is open."""
         assert self._connection.in_transaction, "outside of writing()"
         with self._in_words():
             self._connection.execute(statement, values)
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[None]:
         """A transaction: all of it is on the disk when the block is left, or, where it raises, nothing.
 
         Raises:
@@ -98,7 +98,7 @@ class Database:
                         f"{self.path}: another coordinator has taken this run over.",
                         "Look at the run with `scaleot status`; this one changes nothing any more.",
                     )
-                yield self._connection
+                yield
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:

@@ -74,21 +74,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Submission:
-    """A delta that counts.
+class NewSubmission:
+    """A delta that has passed the gate and lies in its folder.
 
     Attributes:
-        round: it counts in.
         tenant: whose.
-        tuned_round: it was tuned in; an earlier one where it was late and still fresh enough.
+        tuned_round: it was tuned in.
         digest, folder, bytes: of the delta's artefact.
         norm: length of the change.
         weight: in the aggregate, before shares are made of the weights.
         metrics: numbers that came with it.
-        received: seconds since 1970, UTC.
     """
 
-    round: int
     tenant: str
     tuned_round: int
     digest: str
@@ -97,6 +94,18 @@ class Submission:
     norm: float
     weight: float
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Submission(NewSubmission):
+    """A delta that counts.
+
+    Attributes:
+        round: it counts in; a later one than it was tuned in where it was late and still fresh enough.
+        received: seconds since 1970, UTC.
+    """
+
+    round: int
     received: float
 
 

@@ -59,17 +59,15 @@ class Registry:
         """Records an emulator that rounds are about; of one that is known, where it lies now."""
         content = emulator_content(manifest)
         settings = content.model_dump(mode="json", include={"builder", "plug_in_layers", "layout", "alpha", "beta"})
-        with self._database.writing() as transaction:
-            transaction.execute(
+        with self._database.writing():
+            self._database.execute(
                 "INSERT INTO emulators VALUES (?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (digest) DO UPDATE SET folder = excluded.folder",
-                (
-                    manifest.digest(),
-                    manifest.base_model,
-                    content.base_digest,
-                    str(folder),
-                    json.dumps(settings),
-                    manifest.library_version,
-                    self._clock(),
-                ),
+                manifest.digest(),
+                manifest.base_model,
+                content.base_digest,
+                str(folder),
+                json.dumps(settings),
+                manifest.library_version,
+                self._clock(),
             )

@@ -38,7 +38,7 @@ class Rounds:
                 unknown.
         """
         names, now = list(tenants), self._clock()
-        with self._database.writing() as transaction:
+        with self._database.writing():
             current = self.current()
             if current is not None:
                 raise ConfigError(f"Round {current.number} is still under way.", "Wait for its end.")
@@ -50,13 +50,17 @@ class Rounds:
             for name in names:
                 self._tenants.get(name)
             number = len(self.all()) + 1
-            transaction.execute(
+            self._database.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, 'open', NULL, ?, ?, NULL)",
-                (number, emulator, start, quorum, now, deadline),
+                number,
+                emulator,
+                start,
+                quorum,
+                now,
+                deadline,
             )
-            transaction.executemany(
-                "INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?)", [(number, name, now) for name in names]
-            )
+            for name in names:
+                self._database.execute("INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?)", number, name, now)
         return self.get(number)
 
     def get(self, number: int) -> Round:
@@ -81,21 +85,27 @@ class Rounds:
 
     def begin_part(self, number: int, tenant: str) -> int:
         """Records that a data owner's tuning starts; gives how often it has by now."""
-        with self._database.writing() as transaction:
-            transaction.execute(
+        with self._database.writing():
+            self._database.execute(
                 "UPDATE parts SET state = 'tuning', reason = NULL, attempts = attempts + 1, changed = ? "
                 "WHERE round = ? AND tenant = ? AND state != 'submitted'",
-                (self._clock(), number, tenant),
+                self._clock(),
+                number,
+                tenant,
             )
         return self.part(number, tenant).attempts
 
     def end_part(self, number: int, tenant: str, state: PartState, reason: str) -> None:
         """Records why nothing is to be expected of a data owner in a round; of one that has submitted, nothing."""
-        with self._database.writing() as transaction:
-            transaction.execute(
+        with self._database.writing():
+            self._database.execute(
                 "UPDATE parts SET state = ?, reason = ?, changed = ? "
                 "WHERE round = ? AND tenant = ? AND state != 'submitted'",
-                (state, reason, self._clock(), number, tenant),
+                state,
+                reason,
+                self._clock(),
+                number,
+                tenant,
             )
 
     def part(self, number: int, tenant: str) -> Part:
@@ -126,20 +136,20 @@ class Rounds:
         Who has submitted nothing is recorded as missing. With fewer submissions than its quorum the round
         fails, and its reason says who is not there and why.
         """
-        now = self._clock()
-        with self._database.writing() as transaction:
+        with self._database.writing():
             current = self.get(number)
             if current.state != "open":
                 return current
-            transaction.execute(
+            self._database.execute(
                 "UPDATE parts SET state = 'missing', reason = 'submitted nothing in time', changed = ? "
                 "WHERE round = ? AND state IN ('waiting', 'tuning')",
-                (now, number),
+                self._clock(),
+                number,
             )
             absent = [part for part in self.parts(number) if part.state != "submitted"]
             there = len(self.parts(number)) - len(absent)
             if there >= current.quorum:
-                transaction.execute("UPDATE rounds SET state = 'closed' WHERE number = ?", (number,))
+                self._database.execute("UPDATE rounds SET state = 'closed' WHERE number = ?", number)
             else:
                 names = "; ".join(f"{part.tenant}: {part.reason or part.state}" for part in absent)
                 self._end(number, "failed", f"{there} of the {current.quorum} submissions of its quorum ({names})")

@@ -4,36 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.federation.registry.database import Database
-from scaleot_ray.federation.registry.records import Submission, submission_of
+from scaleot_ray.federation.registry.records import NewSubmission, Submission, submission_of
 from scaleot_ray.federation.registry.rounds import Rounds
-
-
-@dataclass(frozen=True)
-class NewSubmission:
-    """A delta that has passed the gate and lies in its folder.
-
-    Attributes:
-        tenant: whose.
-        tuned_round: it was tuned in.
-        digest, folder, bytes: of the delta's artefact.
-        norm: length of the change.
-        weight: in the aggregate, before shares are made of the weights.
-        metrics: numbers that came with it.
-    """
-
-    tenant: str
-    tuned_round: int
-    digest: str
-    folder: Path
-    bytes: int
-    norm: float
-    weight: float
-    metrics: dict[str, float]
 
 
 class Submissions:
@@ -92,30 +67,30 @@ class Submissions:
         Raises:
             ArtifactRefused: as :meth:`find`.
         """
-        with self._database.writing() as transaction:
+        with self._database.writing():
             before = self.find(new.tenant, new.digest, new.tuned_round, staleness)
             if before is not None:
                 return before
             current, now = self._rounds.current(), self._clock()
             assert current is not None  # find has seen it
-            transaction.execute(
+            self._database.execute(
                 "INSERT INTO submissions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    current.number,
-                    new.tenant,
-                    new.tuned_round,
-                    new.digest,
-                    str(new.folder),
-                    new.bytes,
-                    new.norm,
-                    new.weight,
-                    json.dumps(new.metrics),
-                    now,
-                ),
+                current.number,
+                new.tenant,
+                new.tuned_round,
+                new.digest,
+                str(new.folder),
+                new.bytes,
+                new.norm,
+                new.weight,
+                json.dumps(new.metrics),
+                now,
             )
-            transaction.execute(
+            self._database.execute(
                 "UPDATE parts SET state = 'submitted', reason = NULL, changed = ? WHERE round = ? AND tenant = ?",
-                (now, current.number, new.tenant),
+                now,
+                current.number,
+                new.tenant,
             )
         counted = self._by_digest(new.digest)
         assert counted is not None  # just written

@@ -37,18 +37,22 @@ class Tenants:
         if name == AGGREGATE:
             raise ConfigError(f"tenants: no data owner can be called {name!r}.", "Give it another name.")
         token = secrets.token_hex(16)
-        with self._database.writing() as transaction:
+        with self._database.writing():
             before = self.find(name)
             if before is not None and before.state in ("cancelled", "revoked"):
                 why = f" ({before.reason})" if before.reason else ""
                 raise ConfigError(
                     f"tenants: {name} was {before.state}{why}.", "Leave it out, or begin a new run with it."
                 )
-            transaction.execute(
+            self._database.execute(
                 "INSERT INTO tenants VALUES (?, 'admitted', NULL, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
                 "settings = excluded.settings, data_digest = excluded.data_digest, "
                 "token_hash = excluded.token_hash, changed = excluded.changed",
-                (name, json.dumps(settings), data_digest, _hash(token), self._clock()),
+                name,
+                json.dumps(settings),
+                data_digest,
+                _hash(token),
+                self._clock(),
             )
         return token
 
@@ -59,14 +63,17 @@ class Tenants:
             ConfigError: there is no such data owner, or it was cancelled or revoked before, which is final
                 (but who was cancelled may be revoked).
         """
-        with self._database.writing() as transaction:
+        with self._database.writing():
             before = self.get(name)
             final = {"cancelled": ("cancelled", "revoked"), "revoked": ("revoked",)}.get(before.state)
             if final is not None and state not in final:
                 raise ConfigError(f"{name} was {before.state}, which is final.", "Begin a new run with it.")
-            transaction.execute(
+            self._database.execute(
                 "UPDATE tenants SET state = ?, reason = ?, changed = ? WHERE name = ?",
-                (state, reason, self._clock(), name),
+                state,
+                reason,
+                self._clock(),
+                name,
             )
 
     def find(self, name: str) -> Tenant | None:
@@ -110,17 +117,19 @@ class Tenants:
         However many come, what is kept stays small.
         """
         sender, reason = sender[:64], reason[:500]
-        with self._database.writing() as transaction:
+        with self._database.writing():
             senders = {row["tenant"] for row in self._database.rows("SELECT DISTINCT tenant FROM refusals")}
             if self.find(sender) is None and sender not in senders and len(senders) >= REFUSALS_KEPT:
                 sender = _OTHERS
             kept = {known for known, _ in self.refusals(sender)}
             if reason not in kept and len(kept) >= REFUSALS_KEPT:
                 reason = _OTHERS
-            transaction.execute(
+            self._database.execute(
                 "INSERT INTO refusals VALUES (?, ?, 1, ?) "
                 "ON CONFLICT (tenant, reason) DO UPDATE SET count = count + 1, last = excluded.last",
-                (sender, reason, self._clock()),
+                sender,
+                reason,
+                self._clock(),
             )
         return sum(count for _, count in self.refusals(sender))
 

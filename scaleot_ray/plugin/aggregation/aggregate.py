@@ -14,7 +14,7 @@ from scaleot_ray.config import AggregationSettings
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.plugin.aggregation import low_rank, thinned
 from scaleot_ray.plugin.aggregation.combine import ACROSS_BYTES, median, trimmed_mean, weighted_mean
-from scaleot_ray.plugin.aggregation.contribution import PIECE, Contribution, contributions
+from scaleot_ray.plugin.aggregation.contribution import PIECE, Contribution, clipped, contributions
 from scaleot_ray.plugin.aggregation.server import ServerState, server_step
 from scaleot_ray.tuning.delta import Delta, MethodSettings
 from scaleot_ray.tuning.lora import rank_of
@@ -70,9 +70,11 @@ def aggregate(
         ConfigError: the method does not fit how the deltas were tuned, or they do not fit one another.
         ArtifactRefused: a delta is damaged, or has changed on disk; names the folder and the tensor.
     """
-    parts = contributions(deltas, start, settings.clip_norm)
+    parts = contributions(deltas, start)
     method = parts[0].content.method
     check_fits_tuning(settings, method)
+    if settings.clip_norm is not None:
+        parts = clipped(parts, settings.clip_norm)
     tensors, made, lost = _combined(parts, settings)
     if settings.server != "none":
         tensors, state = server_step(settings, tensors, state)

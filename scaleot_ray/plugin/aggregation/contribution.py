@@ -110,16 +110,13 @@ def _matrix(stored: StoredArtifact, name: str) -> torch.Tensor:
 
 
 def contributions(
-    deltas: Sequence[tuple[str, str | Path, float]],
-    start: str | Path | None = None,
-    clip_norm: float | None = None,
+    deltas: Sequence[tuple[str, str | Path, float]], start: str | Path | None = None
 ) -> list[Contribution]:
     """Deltas on disk as the parts of one aggregate, in an order that does not depend on who came first.
 
     Args:
         deltas: name of the data owner, folder of its delta, weight ≥ 0.
         start: folder of the delta that their tuning began with.
-        clip_norm: longest norm a change may count with; None reads none of them for it.
 
     Raises:
         ConfigError: there is none, two have one name, a weight is no number ≥ 0, all are 0, or they were
@@ -143,14 +140,20 @@ def contributions(
         _check_alike(found[0], other)
     if began is not None:
         _check_alike(Contribution("the start", began, 0.0), found[0])
-    if clip_norm is not None:
-        found = [replace(one, factor=_shortened(one.norm(), clip_norm)) for one in found]
     # Sums of floats depend on their order; sorted, the same deltas give the same bits.
     return sorted(found, key=lambda one: (one.stored.manifest.digest(), one.name))
 
 
-def _shortened(norm: float, longest: float) -> float:
-    return min(1.0, longest / norm) if norm else 1.0
+def clipped(parts: Sequence[Contribution], longest: float) -> list[Contribution]:
+    """The same, each change longer than ``longest`` shortened to it; reads all of them.
+
+    Raises:
+        ArtifactRefused: a delta is damaged.
+    """
+    norms = [part.norm() for part in parts]
+    return [
+        replace(part, factor=longest / norm if norm > longest else 1.0) for part, norm in zip(parts, norms, strict=True)
+    ]
 
 
 def _delta(directory: str | Path) -> StoredArtifact:

@@ -81,8 +81,8 @@ def test_another_file_is_no_registry(tmp_path: Path, content: bytes) -> None:
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    with filled(tmp_path / "r.sqlite") as registry, registry._database.writing() as transaction:
-        transaction.execute("UPDATE meta SET value = '99' WHERE key = 'version'")
+    with filled(tmp_path / "r.sqlite") as registry, registry._database.writing():
+        registry._database.execute("UPDATE meta SET value = '99' WHERE key = 'version'")
     with pytest.raises(ConfigError, match="is a registry of version 99"):
         Registry(tmp_path / "r.sqlite")
 
@@ -153,10 +153,10 @@ for tenant in registry.tenants.all():
 def test_nothing_acknowledged_is_lost_when_its_process_is_killed(tmp_path: Path) -> None:
     path, count, order = tmp_path / "r.sqlite", 3000, random.Random(0)
     with filled(path, "") as registry:
-        with registry._database.writing() as transaction:
+        with registry._database.writing():
             for number in range(count):
-                transaction.execute(
-                    "INSERT INTO tenants VALUES (?, 'admitted', NULL, '{}', NULL, '', 0)", (f"owner{number:04}",)
+                registry._database.execute(
+                    "INSERT INTO tenants VALUES (?, 'admitted', NULL, '{}', NULL, '', 0)", f"owner{number:04}"
                 )
         registry.rounds.open(EMULATOR.digest(), [tenant.name for tenant in registry.tenants.all()], 1)
     acknowledged: set[str] = set()

@@ -12,7 +12,7 @@ import torch
 
 from scaleot_ray.config import AggregationSettings, parse
 from scaleot_ray.errors import ArtifactRefused, ConfigError
-from scaleot_ray.plugin.aggregation import ServerState, aggregate, contributions, working_bytes
+from scaleot_ray.plugin.aggregation import ServerState, aggregate, clipped, contributions, working_bytes
 from tests.plugin.aggregation.stored import plain_delta, random_deltas, write_delta
 from tests.plugin.aggregation.test_low_rank import updates
 
@@ -35,9 +35,9 @@ def test_clipping_shortens_the_change_itself(tmp_path: Path, method: str) -> Non
         named = {"layers": "", "bottleneck": ".up."}[method]
         expected = sum(t.double().square().sum() for n, t in deltas[0].tensors.items() if named in n) ** 0.5
     assert norm == pytest.approx(float(expected), rel=1e-6)
-    clipped = {part.name: part for part in contributions(given, clip_norm=norm / 2)}
-    assert clipped["owner-0"].factor == pytest.approx(0.5)
-    assert clipped["owner-0"].norm() == pytest.approx(norm / 2, rel=1e-6)
+    shorter = {part.name: part for part in clipped(contributions(given), norm / 2)}
+    assert shorter["owner-0"].factor == pytest.approx(0.5)
+    assert shorter["owner-0"].norm() == pytest.approx(norm / 2, rel=1e-6)
 
 
 def test_the_loudest_counts_no_more_than_clip_norm(tmp_path: Path) -> None:
