@@ -9,6 +9,7 @@ from scaleot_ray.config.aggregation import AggregationSettings
 from scaleot_ray.config.inputs import DataSettings, ModelSettings
 from scaleot_ray.config.owner import PAPER, EmulatorSettings, OwnerSettings, StageOneSettings
 from scaleot_ray.config.reading import load_yaml, override, parse
+from scaleot_ray.config.rounds import RoundSettings
 from scaleot_ray.config.run import RunSettings, TenantSettings
 from scaleot_ray.config.settings import Number, Settings
 from scaleot_ray.config.tune import TuneSettings
@@ -21,6 +22,7 @@ __all__ = [
     "ModelSettings",
     "Number",
     "OwnerSettings",
+    "RoundSettings",
     "RunSettings",
     "Settings",
     "StageOneSettings",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from scaleot_ray.config.aggregation import AggregationSettings
 from scaleot_ray.config.inputs import DataSettings
 from scaleot_ray.config.owner import OwnerSettings
+from scaleot_ray.config.rounds import RoundSettings
 from scaleot_ray.config.settings import Number, Settings
 from scaleot_ray.config.tune import TuneSettings
 from scaleot_ray.result_folder import ResultFolder
@@ -24,6 +26,7 @@ class TenantSettings(Settings):
     gpus: Number = Field(
         0.0, ge=0, le=1, description="one GPU (1) or a share of it, for the same; an actor computes on one GPU at most"
     )
+    weight: Number = Field(1.0, ge=0, description="of its delta in the aggregate, e.g. how many rows it has")
     tune: TuneSettings | None = Field(
         None, description="keys that differ for this data owner; the others come from the run's tune section"
     )
@@ -33,6 +36,10 @@ class RunSettings(OwnerSettings):
     """A whole run in the environment ``local``: one owner, its emulator, several data owners."""
 
     tune: TuneSettings = TuneSettings()
+    rounds: RoundSettings = RoundSettings()
+    aggregation: AggregationSettings | None = Field(
+        None, description="make one plug-in of all data owners' deltas too; without it each has its own alone"
+    )
     tenants: tuple[TenantSettings, ...] = Field(min_length=1)
     output: ResultFolder = Field(
         "scaleot-runs/run", description="folder of artefacts, audit log and report", validate_default=True
@@ -41,6 +48,10 @@ class RunSettings(OwnerSettings):
         False,
         description="declare an evaluator that holds the full model and the tenants' test data; "
         "without it the rows that need both secrets stay empty",
+    )
+    registry: str | None = Field(
+        None,
+        description="folder of the registry, on a disk of this machine; default: coordinator/ in output",
     )
     evaluate_examples: int | None = Field(
         None, ge=1, description="at most so many test rows or blocks per tenant, and so many for validation"
@@ -60,6 +71,22 @@ class RunSettings(OwnerSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tenants: the name {twice[0]!r} is used twice; give each data owner its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> RunSettings:
+        if self.rounds.count > 1 and self.aggregation is None:
+            raise ValueError(
+                f"rounds.count is {self.rounds.count}, but without aggregation a round has nothing to begin with; "
+                "add a section aggregation (aggregation: {method: mean}), or leave rounds.count out"
+            )
+        if self.rounds.quorum is not None and self.rounds.quorum > len(self.tenants):
+            raise ValueError(
+                f"rounds.quorum is {self.rounds.quorum}, but there are {len(self.tenants)} data owners; "
+                f"set it to {len(self.tenants)} or less"
+            )
+        if self.aggregation is not None and not sum(tenant.weight for tenant in self.tenants):
+            raise ValueError("the weights of all tenants are 0, so no delta counts; give one of them a weight above 0")
         return self
 
     @model_validator(mode="after")

@@ -3,41 +3,73 @@
 The full model and the rows that a declared evaluator is given besides do not pass through here: it reads
 them where they lie, and the coordinator records that.
 
-It holds the one shared copy of the emulator, the registry of what came back, and the latest progress
-report of every stage. It computes nothing, so it claims no processor.
+It hands out the one shared copy of the emulator, keeps the rounds (:mod:`scaleot_ray.federation.round_keeper`),
+and has the latest progress report of every stage. All but the last is on disk, so when its process dies
+Ray starts it again and whatever was asked of it is asked once more: every method may be called twice.
+It computes nothing but aggregates, so it claims no processor.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog, data_owner, evaluator
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import Kind, Manifest, MetricsContent
-from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.artifacts.storage import read_artifact, read_manifest
+from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.table import TenantTable
+from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
+from scaleot_ray.federation.registry import Round
 from scaleot_ray.federation.role import Role
+from scaleot_ray.federation.round_keeper import RoundKeeper, Sent
 from scaleot_ray.federation.table_gate import unpack_table
 from scaleot_ray.progress import Progress
+from scaleot_ray.stages.record import write_record
 
 COORDINATOR = "coordinator"
 DRIVER = "driver"
 """The process that runs the phases and writes the report."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Charge:
+    """What a coordinator is told when it starts, and again whenever it is started anew.
+
+    Attributes:
+        folder: the run's.
+        registry: folder of the registry, on a disk of this machine.
+        rounds, aggregation: sections of the settings.
+        weights: of the data owners in the aggregate.
+        metrics: by data owner whose evaluator the settings declare: what its table is measured by.
+        lease_seconds: a coordinator that no driver has asked for so long ends itself; it outlives the driver's job.
+    """
+
+    folder: str
+    registry: str
+    rounds: RoundSettings
+    aggregation: AggregationSettings | None
+    weights: dict[str, float]
+    metrics: dict[str, str]
+    lease_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
 class Entry:
-    """What the registry knows of one tenant.
+    """What the registry knows of one data owner.
 
     Attributes:
         metrics: the numbers that came with its delta.
@@ -49,81 +81,117 @@ class Entry:
     delta_digest: str
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"progress": 1})
+@dataclass(frozen=True)
+class Opened:
+    """A round that was begun.
+
+    Attributes:
+        round: its row in the registry.
+        submitted: who takes part, and whether its delta is there already.
+    """
+
+    round: Round
+    submitted: dict[str, bool]
+
+
+@ray.remote(max_restarts=100, max_task_retries=-1, concurrency_groups={"progress": 1})
 class Coordinator(Role):
     """Registry, audit log and gate of one run.
 
     Args:
-        audit: file of the audit log.
+        charge: what to do.
     """
 
-    def __init__(self, audit: str) -> None:
+    def __init__(self, charge: Charge) -> None:
         super().__init__(COORDINATOR, 1)
-        self._audit = AuditLog(Path(audit))
-        self._registry: dict[str, Entry] = {}
-        self._deltas: dict[str, Shared] = {}
-        self._metrics: dict[str, str] = {}
-        self._tables: dict[str, TenantTable] = {}
-        self._manifest: Manifest | None = None
+        self._charge, self._folder = charge, RunFolder(Path(charge.folder))
+        self._audit = AuditLog(self._folder.audit)
+        self._opened: RoundKeeper | None = None
         self._emulator: ray.ObjectRef | None = None
         self._reports: dict[str, Progress] = {}
+        self._heard = time.monotonic()
+        threading.Thread(target=self._watch, name="lease", daemon=True).start()
 
-    def publish(self, directory: str, recipients: list[str]) -> list[ray.ObjectRef]:
-        """Puts the emulator on disk into the object store, once, for the given parties.
-
-        Returns:
-            The reference, in a list, so that Ray hands on the reference and not the emulator.
+    def publish(self, recipients: list[str]) -> None:
+        """Lets the emulator of the run's folder go to the given parties, and opens the registry of its rounds.
 
         Raises:
             ArtifactRefused: the artefact is damaged, or is an emulator that hides nothing; the audit log
                 says so too.
         """
         with self._recording_refusal(MODEL_OWNER, DATA_OWNERS, "emulator"):
-            artifact = read_artifact(directory, expected_kind="emulator", verify=False)  # the gate verifies
+            # The gate verifies.
+            artifact = read_artifact(self._folder.emulator, expected_kind="emulator", verify=False)
         for recipient in recipients:
             cross(artifact, MODEL_OWNER, recipient, self._audit)
-        self._manifest, self._emulator = artifact.manifest, ray.put(to_shared(artifact))
+        self._opened, self._emulator = None, None
+        self._share(artifact)
+
+    def emulator(self) -> list[ray.ObjectRef]:
+        """Reference to the shared emulator, in a list, so that Ray hands on the reference and not the emulator."""
+        if self._emulator is None:  # started anew: what it had put went with it
+            artifact = read_artifact(self._folder.emulator, expected_kind="emulator")
+            self._share(artifact)
         return [self._emulator]
 
-    def declare_evaluator(self, tenant: str, rows_bytes: int, metric: str) -> None:
-        """Records that the settings give one tenant's evaluator both secrets; its table is by ``metric``."""
-        self._metrics[tenant] = metric
-        assert self._manifest is not None
-        content = emulator_content(self._manifest)
+    def admit(self, tenant: str, settings: dict[str, Any]) -> str | None:
+        """Admits a data owner: the token its submissions must carry, None where it was cancelled or revoked."""
+        return self._keeper.admit(tenant, settings)
+
+    def begin_round(self, tenants: list[str]) -> Opened | None:
+        """The round to work on; None after the last. See :meth:`RoundKeeper.begin`."""
+        found = self._keeper.begin(tenants)
+        return Opened(found, self._keeper.taking_part(found.number)) if found is not None else None
+
+    def begin_part(self, number: int, tenant: str) -> int:
+        """Records that a data owner's tuning starts."""
+        return self._keeper.begin_part(number, tenant)
+
+    def leave_out(self, number: int, tenant: str, reason: str) -> None:
+        """Records that nothing is to be expected of a data owner in a round any more."""
+        self._keeper.leave_out(number, tenant, reason)
+
+    def end_round(self, number: int) -> Opened:
+        """Closes a round and makes its plug-ins. See :meth:`RoundKeeper.end`."""
+        return Opened(self._keeper.end(number), self._keeper.taking_part(number))
+
+    def start(self, number: int, tenant: str) -> Shared | None:
+        """The delta that a round begins with, for a data owner; recorded as a crossing of its own."""
+        artifact = self._keeper.start(number, tenant)
+        return to_shared(artifact) if artifact is not None else None
+
+    def submit(
+        self, tenant: str, token: str, number: int, delta: Shared, metrics: Shared, data_digest: str | None = None
+    ) -> None:
+        """Takes a data owner's delta and metrics through the gate into the registry.
+
+        Raises:
+            ArtifactRefused: as :meth:`RoundKeeper.take`.
+        """
+        self._keeper.take(
+            Sent(tenant, token, number, lambda: from_shared(delta), lambda: from_shared(metrics), data_digest)
+        )
+
+    def entry(self, tenant: str, number: int | None = None) -> Entry | None:
+        """What the registry has of a data owner, without the delta itself: of a round, or the latest."""
+        found = self._keeper.submitted(tenant, number)
+        return Entry(found.metrics, found.bytes, found.digest) if found is not None else None
+
+    def delta(self, tenant: str) -> Shared:
+        """A data owner's latest delta for its evaluator; recorded as a crossing of its own."""
+        found = self._keeper.submitted(tenant)
+        assert found is not None  # the driver asks once it has been told of it
+        return to_shared(self._keeper.delta(found.digest, evaluator(tenant)))
+
+    def declare_evaluator(self, tenant: str, rows_bytes: int) -> None:
+        """Records that the settings give one data owner's evaluator both secrets."""
+        content = emulator_content(self._keeper.emulator)
         declared = "evaluator declared in the settings"
         self._audit.record(
             MODEL_OWNER, evaluator(tenant), "full model", content.full_bytes, content.base_digest, reason=declared
         )
         # No digest: that of private rows would tell whoever has a guess at them.
         self._audit.record(data_owner(tenant), evaluator(tenant), "rows", rows_bytes, "", reason=declared)
-
-    def submit(self, tenant: str, delta: Shared, metrics: Shared) -> None:
-        """Takes a data owner's delta and metrics through the gate into the registry.
-
-        Raises:
-            ArtifactRefused: one of them is not what it says, or not what may cross; the audit log says so too.
-        """
-        sent = self._take(delta, "delta", data_owner(tenant))
-        content = self._take(metrics, "metrics", data_owner(tenant)).manifest.content
-        assert isinstance(content, MetricsContent)  # Manifest ties content to kind
-        self._registry[tenant] = Entry(dict(content.values), sent.nbytes, sent.digest)
-        self._deltas[tenant] = delta
-
-    def _take(self, shared: Shared, kind: Kind, sender: str) -> Artifact:
-        """What a data owner sent, if it is of that kind and passes the gate; recorded either way."""
-        with self._recording_refusal(sender, MODEL_OWNER, kind):
-            artifact = from_shared(shared)
-            if artifact.manifest.kind != kind:
-                raise ArtifactRefused(
-                    f"{sender} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
-                    "Send what `tune` wrote.",
-                )
-        cross(artifact, sender, MODEL_OWNER, self._audit, parent=self._manifest)
-        return artifact
-
-    def entry(self, tenant: str) -> Entry:
-        """What the registry has of a tenant, without the delta itself."""
-        return self._registry[tenant]
 
     def submit_table(self, tenant: str, data: bytes) -> None:
         """Takes an evaluator's rows through the gate.
@@ -134,26 +202,20 @@ class Coordinator(Role):
         """
         line = (evaluator(tenant), DRIVER, "table", len(data), hashlib.sha256(data).hexdigest())
         with self._recording_refusal(*line):
-            if tenant not in self._metrics:
+            if tenant not in self._charge.metrics:
                 raise ArtifactRefused(
                     f"{evaluator(tenant)} is not declared in the settings.", "Set evaluator, or leave these rows out."
                 )
-            table = unpack_table(data, tenant, self._metrics[tenant])
+            unpack_table(data, tenant, self._charge.metrics[tenant])
         self._audit.record(*line)
-        self._tables[tenant] = table
+        write_record(self._folder.table(tenant), json.loads(data))
 
     def table(self, tenant: str) -> TenantTable:
-        """A tenant's rows as they passed the gate."""
-        return self._tables[tenant]
-
-    def delta(self, tenant: str) -> Shared:
-        """A tenant's delta for its evaluator; recorded as a crossing of its own."""
-        shared = self._deltas[tenant]
-        cross(from_shared(shared), MODEL_OWNER, evaluator(tenant), self._audit, parent=self._manifest)
-        return shared
+        """A data owner's rows as they passed the gate."""
+        return unpack_table(self._folder.table(tenant).read_bytes(), tenant, self._charge.metrics[tenant])
 
     def finish(self) -> None:
-        """Ends the round: the shared emulator must still be what was put.
+        """Ends the run: the shared emulator must still be what was put.
 
         Raises:
             RunFailed: a reader wrote to it; names the tensor.
@@ -168,9 +230,41 @@ class Coordinator(Role):
 
     @ray.method(concurrency_group="progress")
     def reports(self) -> list[Progress]:
-        """The reports since the last call, the latest of each stage."""
+        """The reports since the last call, the latest of each stage; whoever asks is the driver, which lives."""
+        self._heard = time.monotonic()
         latest, self._reports = self._reports, {}
         return list(latest.values())
+
+    @property
+    def _keeper(self) -> RoundKeeper:
+        if self._opened is None:  # started anew
+            self._open(read_manifest(self._folder.emulator))
+        assert self._opened is not None
+        return self._opened
+
+    def _open(self, emulator: Any) -> None:
+        charge = self._charge
+        self._opened = RoundKeeper(
+            emulator,
+            self._folder.emulator,
+            self._folder.coordinator,
+            Path(charge.registry),
+            self._audit,
+            charge.rounds,
+            charge.aggregation,
+            charge.weights,
+        )
+
+    def _share(self, artifact: Artifact) -> None:
+        if self._opened is None:
+            self._open(artifact.manifest)
+        self._emulator = ray.put(to_shared(artifact))
+
+    def _watch(self) -> None:
+        """Ends this actor for good once its driver is gone."""
+        while time.monotonic() - self._heard < self._charge.lease_seconds:
+            time.sleep(1)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     @contextmanager
     def _recording_refusal(

@@ -11,8 +11,9 @@ import ray
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import TenantSettings, TuneSettings
 from scaleot_ray.federation.coordinator import data_owner
-from scaleot_ray.federation.object_store import check_unchanged, from_shared, to_shared
+from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.role import Role
+from scaleot_ray.stages.identity import keyed_digest
 from scaleot_ray.stages.tune import tune_emulator
 
 
@@ -33,7 +34,7 @@ class Part:
     output: str
 
 
-@ray.remote(max_restarts=0)
+@ray.remote
 class DataOwner(Role):
     """Tunes the shared emulator on its own data.
 
@@ -47,24 +48,27 @@ class DataOwner(Role):
         super().__init__(data_owner(part.tenant.name), cpus, coordinator)
         self._part = part
 
-    def tune(self, emulator: list[Any]) -> None:
-        """Tunes, and sends what came out through the coordinator's gate.
+    def tune(self, number: int, token: str) -> None:
+        """Tunes for a round, and sends what came out through the coordinator's gate.
 
         Args:
-            emulator: reference to the shared emulator.
+            number: of the round.
+            token: what its submission must carry.
 
         Raises:
             RunFailed: the shared emulator is not what was put.
             ArtifactRefused: the gate does not let the delta or the metrics pass.
         """
         part = self._part
-        artifact = from_shared(ray.get(emulator[0]))
+        artifact = self.shared_emulator()
         artifact.verify()
+        start: Shared | None = ray.get(self.coordinator.start.remote(number, part.tenant.name))
         result = tune_emulator(
             artifact,
             part.tenant.train,
             part.tune,
             Path(part.output),
+            start=from_shared(start) if start is not None else None,
             name=part.tenant.name,
             test=part.tenant.test,
             validation=part.tenant.validation,
@@ -75,4 +79,6 @@ class DataOwner(Role):
         )
         check_unchanged(artifact, self.name)
         metrics = read_artifact(result.directory / "metrics", expected_kind="metrics")
-        ray.get(self.coordinator.submit.remote(part.tenant.name, to_shared(result.delta), to_shared(metrics)))
+        digest = keyed_digest(part.tenant.train, Path(part.output))
+        sent = (part.tenant.name, token, number, to_shared(result.delta), to_shared(metrics), digest)
+        ray.get(self.coordinator.submit.remote(*sent))

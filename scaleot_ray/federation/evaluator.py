@@ -19,7 +19,7 @@ from scaleot_ray.stages.evaluate import INPUTS, evaluate_rows
 WITH_DELTA = {row for row, inputs in INPUTS.items() if "delta" in inputs}
 
 
-@ray.remote(max_restarts=0)
+@ray.remote
 class Evaluator(Role):
     """Measures the rows of one tenant's table that need both secrets, and the emulator's row that Δ is against.
 
@@ -35,21 +35,20 @@ class Evaluator(Role):
         self._model, self._part = model, part
         self._base: BaseModel | None = None
 
-    def evaluate(self, rows: tuple[str, ...], emulator: list[Any]) -> None:
+    def evaluate(self, rows: tuple[str, ...]) -> None:
         """Measures the given rows, and sends them through the coordinator's gate.
 
         Those measured before, in this actor or an earlier one, come from its folder.
 
         Args:
             rows: names of rows.
-            emulator: reference to the shared emulator, which says which layers are tuned.
 
         Raises:
             RunFailed: the shared emulator is not what was put.
             ArtifactRefused: the gate does not let the table pass.
         """
         part, tenant = self._part, self._part.tenant
-        shared = from_shared(ray.get(emulator[0]))
+        shared = self.shared_emulator()  # says which layers are tuned
         delta: Shared | None = None
         if WITH_DELTA & set(rows):
             delta = ray.get(self.coordinator.delta.remote(tenant.name))

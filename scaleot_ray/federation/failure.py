@@ -54,6 +54,17 @@ def actor_failure(error: BaseException, role: str, pid: int | None, logs: Path) 
     )
 
 
+def has_died(error: BaseException) -> bool:
+    """Whether the actor's process ended from outside, so that a new one may well come through.
+
+    Not where it could not even start: the next one could not either.
+    """
+    if isinstance(error, RayTaskError):
+        return False  # it lives, and said what is wrong
+    started = not (isinstance(error, ActorDiedError) and "creation task" in str(error))
+    return isinstance(error, OutOfMemoryError) or (isinstance(error, RayActorError) and started)
+
+
 def _named(error: ScaleOTError, role: str) -> ScaleOTError:
     # Ray hands over a subclass made on the fly; people look up the class that they know.
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == ScaleOTError.__module__)

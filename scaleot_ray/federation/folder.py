@@ -6,6 +6,8 @@
     model_owner/           stage-1 results; stay with the owner
     tenants/NAME/delta/    artefact: what NAME sends back; metrics/ beside it
     evaluator/NAME/        rows measured with both secrets, where an evaluator is declared
+    coordinator/DIGEST/    what came back for the emulator of this digest: registry, deltas, aggregates
+    coordinator/tables/    rows that evaluators have sent
     audit.jsonl            one line for every crossing
     report.json            the result
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from scaleot_ray.errors import ConfigError
 
-_OWN = ("model_owner", "tenants", "evaluator")
+_OWN = ("model_owner", "tenants", "evaluator", "coordinator")
 _LEFT_AT_THE_TOP = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\.report\.json\.\d+")
 _LEFT_INSIDE = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\..+\.(safetensors|json)\.\d+")
 
@@ -48,6 +50,15 @@ class RunFolder:
     def audit(self) -> Path:
         """The audit log."""
         return self.path / "audit.jsonl"
+
+    @property
+    def coordinator(self) -> Path:
+        """What the coordinator keeps, by emulator."""
+        return self.path / "coordinator"
+
+    def table(self, name: str) -> Path:
+        """The rows that the evaluator of a tenant has sent."""
+        return self.coordinator / "tables" / f"{name}.json"
 
     def tenant(self, name: str) -> Path:
         """A data owner's own folder."""

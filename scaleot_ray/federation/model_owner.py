@@ -24,7 +24,7 @@ class OwnerSections:
     emulator: EmulatorSettings
 
 
-@ray.remote(max_restarts=0)
+@ray.remote
 class ModelOwner(Role):
     """Builds the emulator of a run.
 

@@ -1,11 +1,14 @@
-"""The phases of a run: the owner builds, data owners tune, evaluators measure; actors come and go.
+"""The phases of a run: the owner builds, data owners tune in rounds, evaluators measure; actors come and go.
 
-The driver of a run waits for all its actors at once. Whatever one of them raises, and the death of any
-of them, ends the run with an error that names it.
+The driver of a run waits for all its actors at once. A data owner whose process dies starts again, and is
+left out where the quorum holds without it; the coordinator comes back from its registry. Whatever else
+an actor raises, and the death of any other, ends the run with an error that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -20,22 +23,33 @@ from ray.exceptions import RayActorError, RayTaskError
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.config import RunSettings, TenantSettings
 from scaleot_ray.data.sources import find_sources
+from scaleot_ray.errors import RunFailed, ScaleOTError
 from scaleot_ray.evaluation.table import TenantTable
-from scaleot_ray.federation.coordinator import COORDINATOR, MODEL_OWNER, Coordinator, Entry, data_owner, evaluator
+from scaleot_ray.federation.coordinator import (
+    COORDINATOR,
+    MODEL_OWNER,
+    Charge,
+    Coordinator,
+    Entry,
+    Opened,
+    data_owner,
+    evaluator,
+)
 from scaleot_ray.federation.data_owner import DataOwner, Part
 from scaleot_ray.federation.evaluator import Evaluator
-from scaleot_ray.federation.failure import actor_failure
+from scaleot_ray.federation.failure import actor_failure, has_died
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.machine import Machine
 from scaleot_ray.federation.model_owner import ModelOwner, OwnerSections
 from scaleot_ray.federation.needs import RAY, Memory, Needs
 from scaleot_ray.federation.processes import PeakMemory, end, end_marked, wait_for_end
-from scaleot_ray.federation.report import RunReport, TenantResult
+from scaleot_ray.federation.registry import Round
+from scaleot_ray.federation.report import RoundResult, RunReport, TenantResult
 from scaleot_ray.federation.role import ACTORS, Present, start, stop
 from scaleot_ray.federation.schedule import Work, next_work
 from scaleot_ray.federation.session import Session
 from scaleot_ray.federation.starting import Starts
-from scaleot_ray.progress import OnProgress
+from scaleot_ray.progress import OnProgress, Progress
 from scaleot_ray.stages.build import BuildResult
 
 FULL_ROWS = ("full_zero_shot", "full_tuned")
@@ -43,6 +57,7 @@ FULL_ROWS = ("full_zero_shot", "full_tuned")
 # block: an interval for Δ needs the same blocks in both rows, and no more of a data owner's rows has to be sent.
 ALL_ROWS = (*FULL_ROWS, "emulator_tuned", "plug_in")
 
+_NAMESPACE = "scaleot"
 _LOOK_SECONDS = 0.2
 _UNWIND_SECONDS = 3.0
 _ANSWER_SECONDS = 120.0  # for an answer that is ready, or that the coordinator gives at once
@@ -69,15 +84,24 @@ class Tenant:
 
     Attributes:
         settings: its section.
-        tuning, measuring: an actor does that now.
-        entry: what the coordinator has of it; None until its delta has crossed.
+        token: what its submissions must carry; None where it takes no part.
+        tuning: the round that an actor tunes for now.
+        measuring: an actor does that now.
+        submitted: the latest round that has its delta.
+        attempts: how often its tuning was started in the round under way.
+        left_out: why nothing more is expected of it in the round under way.
+        entry: what the coordinator has of it, once that will not change any more.
         table: the evaluator's rows so far.
         seconds: ``tune`` and ``evaluate``.
     """
 
     settings: TenantSettings
-    tuning: bool = False
+    token: str | None = None
+    tuning: int | None = None
     measuring: bool = False
+    submitted: int = 0
+    attempts: int = 0
+    left_out: ScaleOTError | None = None
     entry: Entry | None = None
     table: TenantTable | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -115,9 +139,12 @@ class Phases:
         self.folder, self.memory, self.on_progress = folder, memory, on_progress
         self.tenants = [Tenant(tenant) for tenant in settings.tenants]
         self.actors: list[Running] = []
+        self.rounds: list[RoundResult] = []
+        self._open: Opened | None = None
+        self._last = False  # the round under way is the last: what data owners submit stays
         self._starts = Starts(session, on_progress)
         self._mark = secrets.token_hex(8)
-        self._waiting: dict[ray.ObjectRef, tuple[Running, Callable[[Any], None]]] = {}
+        self._waiting: dict[ray.ObjectRef, tuple[Running, Callable[[Any], None], Callable[[Exception], bool]]] = {}
         self._works: list[Work] = []
         self._spans: dict[str, tuple[float, float]] = {}
 
@@ -138,18 +165,101 @@ class Phases:
     def run(self) -> RunReport:
         """All phases, one after the other; the report lacks the totals that only the caller knows."""
         self.coordinator = Running(COORDINATOR, None)
-        self._start(self.coordinator, Coordinator, 1, 0, str(self.folder.audit), claim=False)
+        self._start_coordinator()
         built = self._build()
         recipients = [data_owner(tenant.name) for tenant in self.tenants]
         if self.settings.evaluator:
             recipients += [evaluator(tenant.name) for tenant in self.tenants]
-        self._emulator = self._ask_coordinator("publish", str(self.folder.emulator), recipients)
-        if self.settings.evaluator:
-            for tenant in self.tenants:
-                self._ask_coordinator("declare_evaluator", tenant.name, _rows_bytes(tenant.settings), tenant.metric)
-        self._until(self._tenants_finished)
+        self._ask_coordinator("publish", recipients)
+        for tenant in self.tenants:
+            tenant.token = self._ask_coordinator("admit", tenant.name, tenant.settings.model_dump(mode="json"))
+            if self.settings.evaluator:
+                self._ask_coordinator("declare_evaluator", tenant.name, _rows_bytes(tenant.settings))
+        while (opened := self._ask_coordinator("begin_round", [tenant.name for tenant in self.tenants])) is not None:
+            self._round(opened)
+            if self._last:
+                break
+        last = self.rounds[-1].number if self.rounds else None  # without one, all were finished before
+        for tenant in self.tenants:
+            tenant.entry = tenant.entry or self._ask_coordinator("entry", tenant.name, last)
+        self._open = None
+        self._until(self._measured)
         self._ask_coordinator("finish")
         return self._report(built)
+
+    def _start_coordinator(self) -> None:
+        settings = self.settings
+        charge = Charge(
+            str(self.folder.path),
+            settings.registry or str(self.folder.coordinator),
+            settings.rounds,
+            settings.aggregation,
+            {tenant.name: tenant.weight for tenant in settings.tenants},
+            {tenant.name: tenant.metric for tenant in self.tenants} if settings.evaluator else {},
+        )
+        name = f"coordinator-{hashlib.sha256(str(self.folder.path).encode()).hexdigest()[:16]}"
+        with contextlib.suppress(ValueError):  # of a driver that was killed; we hold the folder now
+            ray.kill(ray.get_actor(name, _NAMESPACE), no_restart=True)
+        detached: dict[str, Any] = {"name": name, "namespace": _NAMESPACE, "lifetime": "detached"}
+        self._start(self.coordinator, Coordinator, 1, 0, charge, claim=False, **detached)
+
+    def _round(self, opened: Opened) -> None:
+        """One round, from its opening to its plug-ins."""
+        begun, number = time.monotonic(), opened.round.number
+        self._open, self._last = opened, self.settings.aggregation is None or number >= self.settings.rounds.count
+        for tenant in self.tenants:
+            tenant.attempts, tenant.left_out = 0, None
+            if opened.submitted.get(tenant.name):
+                tenant.submitted = number
+        self._until(self._round_over)
+        self._stop_late()
+        ended: Opened = self._ask_coordinator("end_round", number)
+        self.rounds.append(RoundResult.of(ended, time.monotonic() - begun, self._missing(ended)))
+        if ended.round.state == "failed":
+            raise self._failure(ended)
+
+    def _round_over(self) -> bool:
+        """Starts what can start; true when nothing more is to be waited for."""
+        self._start_what_fits()
+        assert self._open is not None
+        waiting = [tenant for tenant in self._taking_part() if tenant.submitted < self._open.round.number]
+        hopeful = [tenant for tenant in waiting if tenant.left_out is None]
+        there = len(self._taking_part()) - len(waiting)
+        return not hopeful or _is_over(self._open.round) or there + len(hopeful) < self._open.round.quorum
+
+    def _taking_part(self) -> list[Tenant]:
+        return [tenant for tenant in self.tenants if self._open is not None and tenant.name in self._open.submitted]
+
+    def _stop_late(self) -> None:
+        """Ends tuning that nothing waits for; what may be late goes on, unless no round will take it."""
+        if self.settings.rounds.staleness and not self._last:
+            return
+        for tenant in self.tenants:
+            if tenant.tuning is not None:
+                (actor,) = [actor for actor in self.actors if actor.role == data_owner(tenant.name)]
+                self._stop(actor)
+                self._works = [work for work in self._works if work.role != actor.role]
+                tenant.tuning = None
+
+    def _missing(self, ended: Opened) -> dict[str, str]:
+        """Who is not in a round, and why."""
+        late = "submitted nothing in time" if _is_over(ended.round) else "ended, since the quorum was out of reach"
+        missing = [tenant for tenant in self._taking_part() if not ended.submitted[tenant.name]]
+        return {tenant.name: tenant.left_out.problem if tenant.left_out else late for tenant in missing}
+
+    def _failure(self, ended: Opened) -> ScaleOTError:
+        """Why a round stays below its quorum: the one data owner's own error, or all of them."""
+        errors = [tenant.left_out for tenant in self._taking_part() if tenant.left_out is not None]
+        if len(errors) == 1 and not _is_over(ended.round):
+            return errors[0]
+        missing = self._missing(ended)
+        names = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        return RunFailed(
+            f"Round {ended.round.number} has {len(ended.submitted) - len(missing)} of the {ended.round.quorum} deltas "
+            f"of its quorum ({names}).",
+            "Mend what is said of them, lower rounds.quorum or raise rounds.deadline, and run the same command again: "
+            "what was submitted counts.",
+        )
 
     def _build(self) -> BuildResult:
         settings = self.settings
@@ -161,21 +271,28 @@ class Phases:
         self._stop(owner)
         return built
 
-    def _tenants_finished(self) -> bool:
-        """Starts what can start; true when everything is done."""
+    def _measured(self) -> bool:
+        """Starts what can start; true when every data owner that has a delta is measured."""
+        self._start_what_fits()
+        return not self.settings.evaluator or all(tenant.measured or tenant.entry is None for tenant in self.tenants)
+
+    def _start_what_fits(self) -> None:
         memory = self.machine.memory - RAY - self.needs.emulator
         while (
             work := next_work(self._possible(), self._works, self.machine.cpus, self.machine.gpus, memory)
         ) is not None:
             self._works.append(work)
             work.begin()
-        return all(
-            tenant.entry is not None and (tenant.measured or not self.settings.evaluator) for tenant in self.tenants
-        )
 
     def _possible(self) -> list[Work]:
-        tuning = [tenant for tenant in self.tenants if tenant.entry is None and not tenant.tuning]
-        works = [self._work(data_owner(tenant.name), tenant, self.needs.data_owners, self._tune) for tenant in tuning]
+        works = [
+            self._work(data_owner(tenant.name), tenant, self.needs.data_owners, self._tune)
+            for tenant in self._taking_part()
+            if self._open is not None
+            and tenant.tuning is None
+            and tenant.left_out is None
+            and tenant.submitted < self._open.round.number
+        ]
         if self.settings.evaluator:
             # Before the delta is there, the rows of the full model can be measured, and only once.
             measuring = [
@@ -198,10 +315,13 @@ class Phases:
         )
 
     def _tune(self, tenant: Tenant, role: str) -> None:
-        tenant.tuning = True
+        assert self._open is not None
+        number, final = self._open.round.number, self._last
+        tenant.tuning, tenant.attempts = number, tenant.attempts + 1
         actor = Running(role, None)
         part = self._part(tenant, self.folder.tenant(tenant.name))
-        self._start(actor, DataOwner, tenant.settings.cpus, tenant.settings.gpus, part)
+        self._call(self.coordinator, self.coordinator.handle.begin_part.remote(number, tenant.name), lambda _: None)
+        self._start(actor, DataOwner, tenant.settings.cpus, tenant.settings.gpus, part, failed=lambda e: failed(e))
         begun = time.monotonic()
 
         def tuned(_: None) -> None:
@@ -210,9 +330,36 @@ class Phases:
 
         def took(entry: Entry) -> None:
             self._finish(actor, tenant, "tune", begun)
-            tenant.tuning, tenant.entry = False, entry
+            assert self._open is not None
+            # A late one counts in the round that is open by now.
+            tenant.tuning, tenant.submitted = None, self._open.round.number
+            if final or self._last:
+                tenant.entry = entry
 
-        self._call(actor, actor.handle.tune.remote(self._emulator), tuned)
+        def failed(error: Exception) -> bool:
+            return self._tuning_failed(tenant, actor, number, error)
+
+        self._call(actor, actor.handle.tune.remote(number, tenant.token), tuned, failed)
+
+    def _tuning_failed(self, tenant: Tenant, actor: Running, number: int, error: Exception) -> bool:
+        """What becomes of a data owner whose tuning failed: it starts again, or is left out of the round."""
+        if actor not in self.actors:
+            return True  # both answers of a dead actor fail; the first has been seen to
+        problem = actor_failure(error, actor.role, actor.pid, self.session.logs)
+        self._stop(actor)
+        self._works = [work for work in self._works if work.role != actor.role]
+        tenant.tuning = None
+        attempts = self.settings.rounds.attempts
+        if has_died(error) and tenant.attempts < attempts:
+            self._tell(f"{actor.role} died and starts again ({tenant.attempts + 1} of {attempts})")
+            return True
+        tenant.left_out = problem
+        self._call(
+            self.coordinator,
+            self.coordinator.handle.leave_out.remote(number, tenant.name, problem.problem),
+            lambda _: None,
+        )
+        return True
 
     def _measure(self, tenant: Tenant, role: str) -> None:
         tenant.measuring = True
@@ -223,7 +370,7 @@ class Phases:
 
         def measure() -> None:
             rows = ALL_ROWS if tenant.entry is not None else FULL_ROWS
-            self._call(actor, actor.handle.evaluate.remote(rows, self._emulator), measured)
+            self._call(actor, actor.handle.evaluate.remote(rows), measured)
 
         def measured(_: None) -> None:
             self._call(self.coordinator, self.coordinator.handle.table.remote(tenant.name), took)
@@ -246,10 +393,20 @@ class Phases:
         first, _ = self._spans.get(stage, (begun, now))
         self._spans[stage] = (min(first, begun), now)
 
-    def _start(self, actor: Running, kind: Any, cpus: int, gpus: float, *arguments: Any, claim: bool = True) -> None:
+    def _start(
+        self,
+        actor: Running,
+        kind: Any,
+        cpus: int,
+        gpus: float,
+        *arguments: Any,
+        claim: bool = True,
+        failed: Callable[[Exception], bool] = lambda _: False,
+        **options: Any,
+    ) -> None:
         if actor is not self.coordinator:
             arguments = (cpus, self.coordinator.handle, *arguments)
-        actor.handle = start(kind, self.session, cpus, gpus, *arguments, mark=self._mark, claim=claim)
+        actor.handle = start(kind, self.session, cpus, gpus, *arguments, mark=self._mark, claim=claim, **options)
         self.actors.append(actor)
         self._starts.asked(actor.role, actor.handle, cpus if claim else 0, gpus)
 
@@ -258,7 +415,7 @@ class Phases:
             actor.pid = answer.pid
             self.memory.others.add(answer.pid)
 
-        self._call(actor, actor.handle.present.remote(), present)
+        self._call(actor, actor.handle.present.remote(), present, failed)
 
     def _stop(self, actor: Running) -> None:
         """Ends an actor and waits until its memory is free."""
@@ -269,8 +426,19 @@ class Phases:
         if actor.pid is not None:
             wait_for_end(actor.pid, _UNWIND_SECONDS)
 
-    def _call(self, actor: Running, answer: ray.ObjectRef, then: Callable[[Any], None]) -> None:
-        self._waiting[answer] = (actor, then)
+    def _call(
+        self,
+        actor: Running,
+        answer: ray.ObjectRef,
+        then: Callable[[Any], None],
+        failed: Callable[[Exception], bool] = lambda _: False,
+    ) -> None:
+        """Has an answer seen to when it comes; ``failed`` says whether an error has been."""
+        self._waiting[answer] = (actor, then, failed)
+
+    def _tell(self, what: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(what, 1, 1))
 
     def _ask(self, actor: Running, answer: ray.ObjectRef) -> Any:
         """Waits for one answer, as attentive to all other actors as ever."""
@@ -286,24 +454,31 @@ class Phases:
         while not finished():
             ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
             for answer in ready:
-                actor, then = self._waiting.pop(answer)
-                then(self._get(actor, answer))
+                actor, then, failed = self._waiting.pop(answer)
+                try:
+                    found = ray.get(answer, timeout=_ANSWER_SECONDS)
+                except Exception as error:  # Ray raises many types here, the actors' own among them
+                    if not failed(error):
+                        raise self._fatal(actor, error) from error
+                else:
+                    then(found)
             self._starts.look()
             if self.coordinator.pid is None:
                 continue  # it is still starting
-            # Asked in every round, so that a dead coordinator is noticed as soon as any other actor.
-            for report in self._get(self.coordinator, self.coordinator.handle.reports.remote()):
+            # Asked in every round, so that the coordinator hears of its driver, and we of everyone.
+            try:
+                reports = ray.get(self.coordinator.handle.reports.remote(), timeout=_ANSWER_SECONDS)
+            except Exception as error:
+                raise self._fatal(self.coordinator, error) from error
+            for report in reports:
                 if self.on_progress is not None:
                     self.on_progress(report)
 
-    def _get(self, actor: Running, answer: ray.ObjectRef) -> Any:
-        try:
-            return ray.get(answer, timeout=_ANSWER_SECONDS)
-        except Exception as error:  # Ray raises many types here, the actors' own among them
-            if isinstance(error, RayTaskError) and isinstance(error.cause, RayActorError):
-                actor = self.coordinator  # the only actor that others wait for
-                error = error.cause
-            raise actor_failure(error, actor.role, actor.pid, self.session.logs) from error
+    def _fatal(self, actor: Running, error: Exception) -> ScaleOTError:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, RayActorError):
+            actor = self.coordinator  # the only actor that others wait for
+            error = error.cause
+        return actor_failure(error, actor.role, actor.pid, self.session.logs)
 
     def _report(self, built: BuildResult) -> RunReport:
         seconds = {**built.seconds, **{stage: last - first for stage, (first, last) in self._spans.items()}}
@@ -313,6 +488,7 @@ class Phases:
             emulator=built.manifest,
             privacy=built.privacy,
             reused_stage_one=built.reused_stage_one,
+            rounds=self.rounds,
             tenants=[_result(tenant) for tenant in self.tenants],
             seconds=seconds,
             peak_rss_bytes=0,
@@ -322,16 +498,19 @@ class Phases:
 
 
 def _result(tenant: Tenant) -> TenantResult:
-    assert tenant.entry is not None
     return TenantResult(
         name=tenant.name,
         metric=tenant.metric,
-        metrics=tenant.entry.metrics,
+        metrics=tenant.entry.metrics if tenant.entry is not None else {},
         measured=tenant.table,
-        delta_bytes=tenant.entry.delta_bytes,
-        delta_digest=tenant.entry.delta_digest,
+        delta_bytes=tenant.entry.delta_bytes if tenant.entry is not None else None,
+        delta_digest=tenant.entry.delta_digest if tenant.entry is not None else None,
         seconds=tenant.seconds,
     )
+
+
+def _is_over(one: Round) -> bool:
+    return one.deadline is not None and time.time() > one.deadline
 
 
 def _rows_bytes(settings: TenantSettings) -> int:

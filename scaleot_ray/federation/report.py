@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.emulator.layer_map import LayerRole, positions
 from scaleot_ray.evaluation.score import Score
 from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
+from scaleot_ray.federation.coordinator import Opened
 from scaleot_ray.stages.record import write_record
 from scaleot_ray.stages.score import reported
 
@@ -27,7 +28,7 @@ class TenantResult:
         metric: ``loss`` or ``accuracy``.
         metrics: the numbers it sent: the emulator's two rows.
         measured: the evaluator's rows; None without a declared evaluator.
-        delta_bytes, delta_digest: of the delta artefact.
+        delta_bytes, delta_digest: of the delta artefact; None where it has submitted none.
         seconds: ``tune``, and with an evaluator ``evaluate``.
     """
 
@@ -35,8 +36,8 @@ class TenantResult:
     metric: str
     metrics: dict[str, float]
     measured: TenantTable | None
-    delta_bytes: int
-    delta_digest: str
+    delta_bytes: int | None
+    delta_digest: str | None
     seconds: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -53,6 +54,31 @@ class TenantResult:
         }
 
 
+@dataclass(frozen=True)
+class RoundResult:
+    """One round of this run.
+
+    Attributes:
+        number: from 1.
+        state: ``finished`` or ``failed``.
+        submitted: data owners whose delta counts.
+        missing: the others, and why.
+        seconds: from its opening to its plug-ins.
+    """
+
+    number: int
+    state: str
+    submitted: list[str]
+    missing: dict[str, str]
+    seconds: float
+
+    @classmethod
+    def of(cls, ended: Opened, seconds: float, missing: dict[str, str]) -> RoundResult:
+        """What the coordinator says of a round that has ended."""
+        there = sorted(name for name, submitted in ended.submitted.items() if submitted)
+        return cls(ended.round.number, ended.round.state, there, missing, seconds)
+
+
 @dataclass
 class RunReport:
     """Result of :func:`scaleot_ray.federation.run.run_local`.
@@ -63,6 +89,7 @@ class RunReport:
         emulator: the emulator's manifest.
         privacy: what a privacy level required and what was reached; None for a given (α, β).
         reused_stage_one: whether stage 1 was finished before.
+        rounds: those of this run.
         tenants: by data owner, in the settings' order.
         seconds: ``total``, and by stage.
         peak_rss_bytes: peak memory of all processes together, shared pages counted once.
@@ -74,6 +101,7 @@ class RunReport:
     emulator: Manifest
     privacy: dict[str, Any] | None
     reused_stage_one: bool
+    rounds: list[RoundResult]
     tenants: list[TenantResult]
     seconds: dict[str, float]
     peak_rss_bytes: int
@@ -89,6 +117,7 @@ class RunReport:
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "emulator": self._emulator(),
+            "rounds": [asdict(one) for one in self.rounds],
             "tenants": [tenant.as_json() for tenant in self.tenants],
             "audit": str(self.audit),
             "audit_head": self.audit_head,

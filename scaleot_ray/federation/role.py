@@ -10,11 +10,15 @@ from typing import Any
 import ray
 import torch
 import transformers
+from ray.exceptions import ObjectLostError
 
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.federation.object_store import from_shared
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress, Progress
 
 ACTORS = "SCALEOT_ACTORS"  # in the environment of every actor's process: which run it belongs to
+_TRIES, _LOST_SECONDS = 10, 1.0
 _REPORT_SECONDS = 0.25  # a report costs a message; nobody reads more than four a second
 
 
@@ -53,6 +57,20 @@ class Role:
         """Answers once the actor has started."""
         return Present(os.getpid(), torch.get_num_threads(), torch.cuda.device_count())
 
+    def shared_emulator(self) -> Artifact:
+        """The shared emulator, not verified yet; asked for again where the coordinator was started anew meanwhile.
+
+        What an actor has put goes with it when it dies, even where it comes back.
+        """
+        for _ in range(_TRIES):
+            reference = ray.get(self.coordinator.emulator.remote())[0]
+            try:
+                return from_shared(ray.get(reference))
+            except ObjectLostError as error:
+                lost = error
+                time.sleep(_LOST_SECONDS)
+        raise lost
+
     def reporter(self) -> OnProgress:
         """A callback that passes progress on to the coordinator, without waiting for it."""
         last: dict[str, float] = {}
@@ -67,7 +85,16 @@ class Role:
         return report
 
 
-def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any, mark: str, claim: bool = True) -> Any:
+def start(
+    actor: Any,
+    session: Session,
+    cpus: int,
+    gpus: float,
+    *arguments: Any,
+    mark: str,
+    claim: bool = True,
+    **options: Any,
+) -> Any:
     """Starts an actor with exactly these processors.
 
     Args:
@@ -78,6 +105,7 @@ def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any,
         arguments: of its constructor.
         mark: value of :data:`ACTORS` in its environment; finds its process before it has answered.
         claim: whether Ray counts the processors; the coordinator, which only waits, claims none.
+        options: further ones of Ray's.
     """
     environment = {**thread_environment(cpus), ACTORS: mark}
     if not gpus:
@@ -85,9 +113,9 @@ def start(actor: Any, session: Session, cpus: int, gpus: float, *arguments: Any,
     return actor.options(
         num_cpus=cpus if claim else 0,
         num_gpus=gpus,
-        max_restarts=0,
         scheduling_strategy=session.on_this_node(),
         runtime_env={"env_vars": environment},
+        **options,
     ).remote(*arguments)
 
 

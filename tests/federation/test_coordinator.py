@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.config import EmulatorSettings
+from scaleot_ray.config import EmulatorSettings, RoundSettings
 from scaleot_ray.emulator.assemble import assemble
 from scaleot_ray.errors import ArtifactRefused, RunFailed
 from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.evaluation.table import TenantTable, table_json
-from scaleot_ray.federation.coordinator import Coordinator
+from scaleot_ray.federation.coordinator import Charge, Coordinator
 from scaleot_ray.federation.object_store import check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.role import Present, Role, start, stop
 from scaleot_ray.federation.session import Session
@@ -64,11 +66,25 @@ def audit(tmp_path: Path) -> AuditLog:
 
 
 @pytest.fixture
-def coordinator(connected_ray: Session, audit: AuditLog) -> Any:
-    """A coordinator that lives for one test."""
-    actor = start(Coordinator, connected_ray, 1, 0, str(audit.path), mark="", claim=False)
+def coordinator(connected_ray: Session, tmp_path: Path) -> Any:
+    """A coordinator of a run in ``tmp_path`` that lives for one test."""
+    charge = Charge(str(tmp_path), str(tmp_path / "registry"), RoundSettings(), None, {}, {"bob": "loss"})
+    actor = start(Coordinator, connected_ray, 1, 0, charge, mark="", claim=False)
     yield actor
     stop(actor)
+
+
+def publish(coordinator: Any, emulator: Path, folder: Path, *recipients: str) -> None:
+    """Has a coordinator of the run in ``folder`` publish an emulator."""
+    shutil.copytree(emulator, folder / "emulator")
+    ray.get(coordinator.publish.remote(list(recipients) or ["data owner alice"]))
+
+
+def begin(coordinator: Any) -> str:
+    """Begins a round of alice alone; gives her token."""
+    token: str = ray.get(coordinator.admit.remote("alice", {}))
+    assert ray.get(coordinator.begin_round.remote(["alice"])).submitted == {"alice": False}
+    return token
 
 
 @ray.remote(num_cpus=0)
@@ -79,8 +95,9 @@ def write_in_place(reference: list[Any]) -> None:
         artifact.tensors["model.layers.0.mlp.up_proj.weight"].mul_(2.0)
 
 
-def test_the_shared_copy_is_watched_to_the_end(coordinator: Any, parts: Parts) -> None:
-    reference = ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["data owner alice"]))
+def test_the_shared_copy_is_watched_to_the_end(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
+    reference = ray.get(coordinator.emulator.remote())
     ray.get(coordinator.finish.remote())
     ray.get(write_in_place.remote(reference))
     with pytest.raises(RunFailed, match=r"coordinator found that tensor 'model.layers.0.mlp.up_proj.weight'"):
@@ -99,10 +116,10 @@ def test_tuning_shares_what_is_frozen_and_copies_what_it_trains(parts: Parts, tm
     check_unchanged(shared, "data owner alice")
 
 
-def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
-    recipients = ["data owner alice", "data owner bob", "evaluator alice"]
-    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), recipients))
-    ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(parts.metrics)))
+def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path, "data owner alice", "data owner bob", "evaluator alice")
+    token = begin(coordinator)
+    ray.get(coordinator.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
     entry = ray.get(coordinator.entry.remote("alice"))
     assert (entry.delta_digest, entry.delta_bytes) == (parts.delta.digest, parts.delta.nbytes)
     assert entry.metrics["emulator_tuned"] > 0
@@ -118,9 +135,9 @@ def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit
     ]
 
 
-def test_an_open_emulator_is_never_sent(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
+def test_an_open_emulator_is_never_sent(coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path) -> None:
     with pytest.raises(ArtifactRefused, match="hides nothing"):
-        ray.get(coordinator.publish.remote(str(parts.folder / "open"), ["data owner alice"]))
+        publish(coordinator, parts.folder / "open", tmp_path)
     (line,) = audit.read()
     assert line["decision"] == "refused"
     assert "hides nothing" in line["reason"]
@@ -132,15 +149,18 @@ def test_a_damaged_emulator_is_refused_and_recorded(
     shutil.copytree(parts.folder / "emulator", tmp_path / "emulator")
     (tmp_path / "emulator" / "manifest.json").write_text("{")
     with pytest.raises(ArtifactRefused, match="is no valid JSON"):
-        ray.get(coordinator.publish.remote(str(tmp_path / "emulator"), ["data owner alice"]))
+        ray.get(coordinator.publish.remote(["data owner alice"]))
     (line,) = audit.read()
     assert (line["sender"], line["recipient"], line["kind"]) == ("model owner", "data owners", "emulator")
     assert (line["bytes"], line["decision"]) == (0, "refused")
     assert "manifest.json" in line["reason"]
 
 
-def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
-    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["data owner alice"]))
+def test_what_is_no_delta_is_refused_and_recorded(
+    coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path
+) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
+    alice = ("alice", begin(coordinator), 1)
     more = Artifact.create(
         "delta",
         parts.delta.manifest.content,
@@ -149,26 +169,25 @@ def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts
         parent_digest=parts.emulator.digest,
     )
     with pytest.raises(ArtifactRefused, match="'rows'"):
-        ray.get(coordinator.submit.remote("alice", to_shared(more), to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*alice, to_shared(more), to_shared(parts.metrics)))
     altered = to_shared(parts.delta)
     name = next(iter(altered["tensors"]))
     altered["tensors"][name] = altered["tensors"][name] ^ 1
     with pytest.raises(ArtifactRefused, match="was altered"):
-        ray.get(coordinator.submit.remote("alice", altered, to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*alice, altered, to_shared(parts.metrics)))
     numbers = Artifact.create("metrics", MetricsContent(values={"row\n1": 1.0}), {})
     with pytest.raises(ArtifactRefused, match="metric name"):
-        ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), to_shared(numbers)))
+        ray.get(coordinator.submit.remote(*alice, to_shared(parts.delta), to_shared(numbers)))
     with pytest.raises(ArtifactRefused, match="of kind 'metrics' as its delta"):
-        ray.get(coordinator.submit.remote("alice", to_shared(parts.metrics), to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*alice, to_shared(parts.metrics), to_shared(parts.metrics)))
     cut = to_shared(parts.delta)
     cut["tensors"][name] = cut["tensors"][name][:-1]
     with pytest.raises(ArtifactRefused, match="its manifest says"):
-        ray.get(coordinator.submit.remote("alice", cut, to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*alice, cut, to_shared(parts.metrics)))
     unreadable = {**to_shared(parts.metrics), "manifest": b"{"}
     with pytest.raises(ArtifactRefused, match="no valid JSON"):
-        ray.get(coordinator.submit.remote("alice", to_shared(parts.delta), unreadable))
-    with pytest.raises(KeyError):
-        ray.get(coordinator.entry.remote("alice"))
+        ray.get(coordinator.submit.remote(*alice, to_shared(parts.delta), unreadable))
+    assert ray.get(coordinator.entry.remote("alice")) is None
     lines = audit.read()[1:]  # after the emulator's
     assert [(line["kind"], line["decision"]) for line in lines] == [
         ("delta", "refused"),
@@ -182,24 +201,56 @@ def test_what_is_no_delta_is_refused_and_recorded(coordinator: Any, parts: Parts
     assert all(line["reason"] for line in lines if line["decision"] == "refused")
 
 
-def test_an_evaluators_table_is_a_crossing_of_its_own(coordinator: Any, parts: Parts, audit: AuditLog) -> None:
-    ray.get(coordinator.publish.remote(str(parts.folder / "emulator"), ["data owner alice"]))
+def test_an_evaluators_table_is_a_crossing_of_its_own(
+    coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path
+) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
     score = LossScore(np.array([1.5, 2.5]), np.array([1, 2]))
-    table = TenantTable("alice", "loss", {"plug_in": score, "full_tuned": None})
+    table = TenantTable("bob", "loss", {"plug_in": score, "full_tuned": None})
     with pytest.raises(ArtifactRefused, match="evaluator alice is not declared"):
         ray.get(coordinator.submit_table.remote("alice", pack_table(table)))
-    ray.get(coordinator.declare_evaluator.remote("alice", 10, "loss"))
-    bad = TenantTable("alice", "loss", {"plug_in": LossScore(np.array([1.5, np.nan]), np.array([1, 2]))})
+    bad = TenantTable("bob", "loss", {"plug_in": LossScore(np.array([1.5, np.nan]), np.array([1, 2]))})
     with pytest.raises(ArtifactRefused, match="plug_in: sums holds something else than finite numbers"):
-        ray.get(coordinator.submit_table.remote("alice", pack_table(bad)))
-    with pytest.raises(KeyError):
-        ray.get(coordinator.table.remote("alice"))
-    ray.get(coordinator.submit_table.remote("alice", pack_table(table)))
-    assert table_json(ray.get(coordinator.table.remote("alice"))) == table_json(table)
+        ray.get(coordinator.submit_table.remote("bob", pack_table(bad)))
+    ray.get(coordinator.submit_table.remote("bob", pack_table(table)))
+    assert table_json(ray.get(coordinator.table.remote("bob"))) == table_json(table)
     lines = [line for line in audit.read() if line["kind"] == "table"]
     assert [line["decision"] for line in lines] == ["refused", "refused", "sent"]
-    assert {(line["sender"], line["recipient"]) for line in lines} == {("evaluator alice", "driver")}
+    assert [line["sender"] for line in lines] == ["evaluator alice", "evaluator bob", "evaluator bob"]
     assert lines[2]["bytes"] == len(pack_table(table))
+
+
+def test_a_coordinator_that_was_killed_goes_on_where_it_was(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
+    token = begin(coordinator)
+    (lost,) = ray.get(coordinator.emulator.remote())
+    submission = ("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics))
+    ray.get(coordinator.submit.remote(*submission))
+    before: Present = ray.get(coordinator.present.remote())
+    psutil.Process(before.pid).kill()
+    ray.get(coordinator.submit.remote(*submission))  # whoever has got no answer asks again
+    assert ray.get(coordinator.present.remote()).pid != before.pid
+    (reference,) = ray.get(coordinator.emulator.remote())
+    assert from_shared(ray.get(reference)).digest == parts.emulator.digest
+    assert reference != lost
+    ended = ray.get(coordinator.end_round.remote(1))
+    assert (ended.round.state, ended.submitted) == ("finished", {"alice": True})
+    ray.get(coordinator.finish.remote())
+
+
+def test_without_a_driver_the_coordinator_ends_itself(connected_ray: Session, tmp_path: Path) -> None:
+    charge = Charge(str(tmp_path), str(tmp_path), RoundSettings(), None, {}, {}, lease_seconds=2.0)
+    actor = start(Coordinator, connected_ray, 1, 0, charge, mark="", claim=False, name="c", lifetime="detached")
+    process = psutil.Process(ray.get(actor.present.remote()).pid)
+    deadline = time.monotonic() + 4
+    while time.monotonic() < deadline:  # as long as it is asked, it stays
+        ray.get(actor.reports.remote())
+        time.sleep(0.2)
+    assert process.is_running()
+    psutil.wait_procs([process], timeout=20)
+    assert not process.is_running()
+    with pytest.raises(RayActorError):
+        ray.get(actor.present.remote())
 
 
 @pytest.mark.parametrize("cpus", [1, 2])

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
+from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
 from tests.cli.command import environment
 
 PROJECT = Path(__file__).parents[2]
 SLOW_STAGE_ONE = {"stage_one": {"steps": 400, "checkpoint_every": 5}}
-SLOW_TUNING = {"tune": {"steps": 2000, "checkpoint_every": 5}, "evaluator": False}
+SLOW_TUNING = {"tune": {"steps": 800, "checkpoint_every": 5}, "evaluator": False}
+ONE_ATTEMPT = {**SLOW_TUNING, "rounds": {"attempts": 1}}
 EVALUATED = {**SLOW_TUNING, "evaluator": True}
-ROLES = ["model owner", "data owner", "coordinator", "evaluator"]
+FATAL = ["model owner", "data owner", "evaluator"]
 
 
 def runs(folder: Path, *scenarios: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,7 +50,7 @@ def deaths(folder: Path) -> dict[str, dict[str, Any]]:
     owner, tenant, coordinator, evaluator = runs(
         folder,
         {"kill": "ModelOwner", "stage": "stage 1", "step": 8, "settings": SLOW_STAGE_ONE},
-        {"kill": "DataOwner", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING},
+        {"kill": "DataOwner", "stage": "tune alice", "step": 12, "settings": ONE_ATTEMPT},
         {"kill": "Coordinator", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING},
         # With a single tenant its evaluator works beside it, on the other processor.
         {"kill": "Evaluator", "stage": "tune full alice", "step": 12, "settings": EVALUATED, "tenants": 1},
@@ -56,7 +58,7 @@ def deaths(folder: Path) -> dict[str, dict[str, Any]]:
     return {"model owner": owner, "data owner": tenant, "coordinator": coordinator, "evaluator": evaluator}
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", FATAL)
 def test_the_run_ends_at_once_and_says_who(deaths: dict[str, dict[str, Any]], role: str) -> None:
     death = deaths[role]
     assert death["error"] == "RunFailed"
@@ -66,9 +68,41 @@ def test_the_run_ends_at_once_and_says_who(deaths: dict[str, dict[str, Any]], ro
     assert death["seconds_after_blow"] < 30
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", [*FATAL, "coordinator"])
 def test_no_process_is_left(deaths: dict[str, dict[str, Any]], role: str) -> None:
     assert deaths[role]["left"] == []
+
+
+def test_the_coordinator_comes_back(deaths: dict[str, dict[str, Any]], folder: Path) -> None:
+    report = deaths["coordinator"]["report"]
+    (one,) = report["rounds"]
+    assert (one["state"], one["submitted"], one["missing"]) == ("finished", ["alice", "bob"], {})
+    for tenant in report["tenants"]:
+        delta = read_artifact(folder / "run" / "tenants" / tenant["name"] / "delta")
+        assert delta.digest == tenant["delta_digest"]
+    assert AuditLog(folder / "run" / "audit.jsonl").broken == []
+
+
+def test_a_data_owner_starts_again_and_is_left_out_where_the_quorum_holds(tmp_path: Path) -> None:
+    again, without = runs(
+        tmp_path,
+        {"kill": "DataOwner", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING},
+        {
+            "kill": "DataOwner",
+            "stage": "tune alice",
+            "step": 12,
+            "settings": {**SLOW_TUNING, "tune": {"steps": 801}, "rounds": {"attempts": 1, "quorum": 1}},
+        },
+    )
+    assert "data owner alice died and starts again (2 of 3)" in again["first_seen"]
+    assert again["report"]["rounds"][0]["submitted"] == ["alice", "bob"]
+    (one,) = without["report"]["rounds"]
+    assert (one["number"], one["state"], one["submitted"]) == (2, "finished", ["bob"])
+    assert "data owner alice died: its process was killed" in one["missing"]["alice"]
+    alice, bob = without["report"]["tenants"]
+    assert (alice["delta_digest"], alice["delta_bytes"], alice["emulator_tuned"]) == (None, None, None)
+    assert bob["delta_digest"] != again["report"]["tenants"][1]["delta_digest"]
+    assert again["left"] == without["left"] == []
 
 
 def test_what_was_written_is_whole(deaths: dict[str, dict[str, Any]], folder: Path) -> None:

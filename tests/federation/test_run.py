@@ -20,7 +20,7 @@ from scaleot_ray.cli.tables import show_standard_table
 from scaleot_ray.config import DataSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.evaluation.table import ROWS
-from scaleot_ray.federation.coordinator import COORDINATOR, Coordinator
+from scaleot_ray.federation.coordinator import COORDINATOR
 from scaleot_ray.federation.data_check import LOOKED_AT
 from scaleot_ray.federation.phases import Phases, Running
 from scaleot_ray.federation.processes import marked
@@ -195,13 +195,11 @@ def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
     read_artifact(Path(settings.output) / "emulator")  # what was finished is whole
 
 
-def test_an_actor_that_is_still_starting_goes_with_the_rest(
-    tmp_path: Path, connected_ray: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_actor_that_is_still_starting_goes_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(phases: Phases) -> None:
         actor = Running(COORDINATOR, None)
         phases.coordinator = actor
-        phases._start(actor, Coordinator, 1, 0, str(tmp_path / "audit.jsonl"), claim=False)
+        phases._start_coordinator()
         while not marked(ACTORS, phases._mark):
             time.sleep(0.01)
         marks.append(phases._mark)

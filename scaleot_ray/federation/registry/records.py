@@ -26,14 +26,12 @@ class Tenant:
             submitted counts; ``revoked``: what it submitted is withdrawn.
         reason: why it is not admitted any more.
         settings: its section of the run's settings.
-        data_digest: HMAC of its data under its own key; None where it sent none.
     """
 
     name: str
     state: TenantState
     reason: str | None
     settings: dict[str, Any]
-    data_digest: str | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,7 @@ class NewSubmission:
         norm: length of the change.
         weight: in the aggregate, before shares are made of the weights.
         metrics: numbers that came with it.
+        data_digest: HMAC of the data it was tuned on, under the data owner's own key; None where it sent none.
     """
 
     tenant: str
@@ -94,6 +93,7 @@ class NewSubmission:
     norm: float
     weight: float
     metrics: dict[str, float]
+    data_digest: str | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class PlugIn:
 
 def tenant_of(row: sqlite3.Row) -> Tenant:
     """A row of ``tenants``."""
-    return Tenant(row["name"], row["state"], row["reason"], json.loads(row["settings"]), row["data_digest"])
+    return Tenant(row["name"], row["state"], row["reason"], json.loads(row["settings"]))
 
 
 def round_of(row: sqlite3.Row) -> Round:

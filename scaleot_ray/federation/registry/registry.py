@@ -71,3 +71,8 @@ class Registry:
                 manifest.library_version,
                 self._clock(),
             )
+
+    def emulator(self) -> tuple[str, Path] | None:
+        """Digest and folder of the emulator that was added last; None where there is none yet."""
+        row = self._database.row("SELECT digest, folder FROM emulators ORDER BY created DESC, rowid DESC")
+        return (row["digest"], Path(row["folder"])) if row else None

@@ -83,6 +83,27 @@ class Rounds:
         row = self._database.row("SELECT * FROM rounds WHERE state IN ('open', 'closed')")
         return round_of(row) if row else None
 
+    def reopen(self, number: int, deadline: float | None = None) -> Round:
+        """Takes submissions again in a round that is open, or that failed; those it has still count.
+
+        Args:
+            number: of the latest round.
+            deadline: seconds since 1970, UTC.
+
+        Raises:
+            ConfigError: it is closed or finished, or not the latest.
+        """
+        with self._database.writing():
+            current = self.get(number)
+            if current.state not in ("open", "failed") or number != len(self.all()):
+                raise ConfigError(f"Round {number} is {current.state}.", "Open the next round.")
+            self._database.execute(
+                "UPDATE rounds SET state = 'open', reason = NULL, ended = NULL, deadline = ? WHERE number = ?",
+                deadline,
+                number,
+            )
+        return self.get(number)
+
     def begin_part(self, number: int, tenant: str) -> int:
         """Records that a data owner's tuning starts; gives how often it has by now."""
         with self._database.writing():

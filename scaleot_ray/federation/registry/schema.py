@@ -30,7 +30,6 @@ CREATE TABLE tenants (
     state       TEXT NOT NULL CHECK (state IN ('admitted', 'paused', 'cancelled', 'revoked')),
     reason      TEXT,
     settings    TEXT NOT NULL,
-    data_digest TEXT,                     -- HMAC under the tenant's own key, so that it tells nobody else anything
     token_hash  TEXT NOT NULL,
     changed     REAL NOT NULL
 ) STRICT;
@@ -64,16 +63,19 @@ CREATE TABLE submissions (
     round       INTEGER NOT NULL,         -- it counts in
     tenant      TEXT NOT NULL,
     tuned_round INTEGER NOT NULL REFERENCES rounds (number),
-    digest      TEXT NOT NULL UNIQUE,     -- what was submitted once can never be submitted again
+    digest      TEXT NOT NULL,
     folder      TEXT NOT NULL,
     bytes       INTEGER NOT NULL,
     norm        REAL NOT NULL,
     weight      REAL NOT NULL CHECK (weight >= 0),
     metrics     TEXT NOT NULL,
+    data_digest TEXT,                     -- HMAC under the tenant's own key, so that it tells nobody else anything
     received    REAL NOT NULL,
     PRIMARY KEY (round, tenant),
     FOREIGN KEY (round, tenant) REFERENCES parts (round, tenant)
 ) STRICT, WITHOUT ROWID;
+
+CREATE INDEX submissions_by_tenant ON submissions (tenant, digest);
 
 CREATE TABLE refusals (
     tenant TEXT NOT NULL,                 -- as it called itself: it may be unknown

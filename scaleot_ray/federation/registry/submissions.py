@@ -20,6 +20,9 @@ class Submissions:
     def find(self, tenant: str, digest: str, tuned_round: int, staleness: int = 0) -> Submission | None:
         """The submission that was acknowledged before; None where this one is new and a round takes it.
 
+        Whoever begins a round as it began an earlier one may come to the very same delta again, and submit it
+        in that round too. Nor does it matter what others sent: of the same rows come the same deltas.
+
         Args:
             tenant: whose.
             digest: of the delta's artefact.
@@ -27,18 +30,13 @@ class Submissions:
             staleness: rounds that it may be late by.
 
         Raises:
-            ArtifactRefused: the same delta was submitted in another round or by another data owner, this
-                data owner has submitted another one, or no round takes it any more.
+            ArtifactRefused: this data owner submitted the same delta in a round that began otherwise, or another
+                one in this round, or no round takes it any more.
         """
-        before = self._by_digest(digest)
-        if before is not None:
-            if (before.tenant, before.tuned_round) == (tenant, tuned_round):
-                return before
-            # Not by whom: that would tell one data owner something of another.
-            when = f" in round {before.tuned_round}" if before.tenant == tenant else ""
-            raise ArtifactRefused(
-                f"the delta {digest[:12]}… was submitted before{when}.", "Submit what was tuned in this round."
-            )
+        before = self._alike(tenant, digest)
+        for one in before:
+            if one.tuned_round == tuned_round:
+                return one
         current = self._rounds.current()
         if current is None or current.state != "open":
             raise ArtifactRefused(f"round {tuned_round} is closed.", "Wait for the next round, or begin a new run.")
@@ -49,6 +47,12 @@ class Submissions:
                 f"{oldest}.",
                 "Tune again on what the current round begins with, or raise rounds.staleness.",
             )
+        for one in before:
+            if self._rounds.get(one.tuned_round).start != self._rounds.get(tuned_round).start:
+                raise ArtifactRefused(
+                    f"the delta {digest[:12]}… was submitted before in round {one.tuned_round}.",
+                    "Submit what was tuned in this round.",
+                )
         part = self._rounds.find_part(current.number, tenant)
         if part is None:
             raise ArtifactRefused(f"{tenant} takes no part in round {current.number}.", "Wait for one that it is in.")
@@ -74,7 +78,7 @@ class Submissions:
             current, now = self._rounds.current(), self._clock()
             assert current is not None  # find has seen it
             self._database.execute(
-                "INSERT INTO submissions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO submissions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 current.number,
                 new.tenant,
                 new.tuned_round,
@@ -84,6 +88,7 @@ class Submissions:
                 new.norm,
                 new.weight,
                 json.dumps(new.metrics),
+                new.data_digest,
                 now,
             )
             self._database.execute(
@@ -92,9 +97,7 @@ class Submissions:
                 current.number,
                 new.tenant,
             )
-        counted = self._by_digest(new.digest)
-        assert counted is not None  # just written
-        return counted
+        return next(one for one in self._alike(new.tenant, new.digest) if one.round == current.number)
 
     def of_round(self, number: int) -> list[Submission]:
         """What counts in a round, by data owner."""
@@ -106,6 +109,8 @@ class Submissions:
         rows = self._database.rows("SELECT * FROM submissions WHERE tenant = ? ORDER BY round", tenant)
         return [submission_of(row) for row in rows]
 
-    def _by_digest(self, digest: str) -> Submission | None:
-        row = self._database.row("SELECT * FROM submissions WHERE digest = ?", digest)
-        return submission_of(row) if row else None
+    def _alike(self, tenant: str, digest: str) -> list[Submission]:
+        rows = self._database.rows(
+            "SELECT * FROM submissions WHERE tenant = ? AND digest = ? ORDER BY round", tenant, digest
+        )
+        return [submission_of(row) for row in rows]

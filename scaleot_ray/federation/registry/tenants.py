@@ -25,7 +25,7 @@ class Tenants:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._database, self._clock = database, clock
 
-    def admit(self, name: str, settings: dict[str, Any], data_digest: str | None = None) -> str:
+    def admit(self, name: str, settings: dict[str, Any]) -> str:
         """Admits a data owner, or one that was admitted before with new settings.
 
         Returns:
@@ -45,12 +45,10 @@ class Tenants:
                     f"tenants: {name} was {before.state}{why}.", "Leave it out, or begin a new run with it."
                 )
             self._database.execute(
-                "INSERT INTO tenants VALUES (?, 'admitted', NULL, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
-                "settings = excluded.settings, data_digest = excluded.data_digest, "
-                "token_hash = excluded.token_hash, changed = excluded.changed",
+                "INSERT INTO tenants VALUES (?, 'admitted', NULL, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                "settings = excluded.settings, token_hash = excluded.token_hash, changed = excluded.changed",
                 name,
                 json.dumps(settings),
-                data_digest,
                 _hash(token),
                 self._clock(),
             )

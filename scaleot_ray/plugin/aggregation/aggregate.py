@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def aggregate(
     settings: AggregationSettings,
     start: str | Path | None = None,
     state: ServerState | None = None,
+    late: Mapping[str, str | Path | None] | None = None,
 ) -> Aggregate:
     """Combines deltas on disk, tensor by tensor.
 
@@ -65,21 +66,24 @@ def aggregate(
         start: folder of the delta that their tuning began with; how far each has come since then is what
             is combined, clipped and handed to the server optimizer, and the result includes it.
         state: the server optimizer's after the round before.
+        late: data owners that began with another delta, see :func:`contributions`; how far each of them has come
+            counts like that of the others.
 
     Raises:
         ConfigError: the method does not fit how the deltas were tuned, or they do not fit one another.
         ArtifactRefused: a delta is damaged, or has changed on disk; names the folder and the tensor.
     """
-    parts = contributions(deltas, start)
+    parts = contributions(deltas, start, late)
+    base = StoredArtifact(start) if start is not None else None
     method = parts[0].content.method
     check_fits_tuning(settings, method)
     if settings.clip_norm is not None:
         parts = clipped(parts, settings.clip_norm)
-    tensors, made, lost = _combined(parts, settings)
+    tensors, made, lost = _combined(parts, settings, base)
     if settings.server != "none":
         tensors, state = server_step(settings, tensors, state)
-    if parts[0].start is not None and settings.method not in LOW_RANK:
-        _add(tensors, parts[0].start)
+    if base is not None and settings.method not in LOW_RANK:
+        _add(tensors, base)
     entries = parts[0].stored.manifest.tensors
     dtype = DTYPES[next(iter(entries.values())).dtype]
     delta = Delta(
@@ -110,22 +114,22 @@ def check_fits_tuning(settings: AggregationSettings, method: str) -> None:
         )
 
 
-def working_bytes(parts: Sequence[Contribution], settings: AggregationSettings) -> int:
+def working_bytes(parts: Sequence[Contribution], settings: AggregationSettings, start: str | Path | None = None) -> int:
     """Memory that aggregating takes beside its result, in bytes, about."""
     if settings.method in LOW_RANK:
-        return low_rank.bytes_needed(parts)
+        return low_rank.bytes_needed(parts, StoredArtifact(start) if start is not None else None)
     if settings.method in ("ties", "dare"):
         return thinned.bytes_needed(parts)
     return ACROSS_BYTES
 
 
 def _combined(
-    parts: Sequence[Contribution], settings: AggregationSettings
+    parts: Sequence[Contribution], settings: AggregationSettings, base: StoredArtifact | None
 ) -> tuple[dict[str, torch.Tensor], MethodSettings, float]:
     """Tensors of the result, the settings it has as a delta, and what :class:`Aggregate` calls ``lost``."""
     own = dict(parts[0].content.settings)
     if settings.method in LOW_RANK:
-        return _low_rank(parts, settings, own)
+        return _low_rank(parts, settings, own, base)
     for part in parts[1:]:
         if part.content.settings != own:
             raise ConfigError(
@@ -152,13 +156,13 @@ def _add(tensors: dict[str, torch.Tensor], start: StoredArtifact) -> None:
 
 
 def _low_rank(
-    parts: Sequence[Contribution], settings: AggregationSettings, own: MethodSettings
+    parts: Sequence[Contribution], settings: AggregationSettings, own: MethodSettings, base: StoredArtifact | None
 ) -> tuple[dict[str, torch.Tensor], MethodSettings, float]:
     largest = max(rank_of(part.content.settings) for part in parts)
-    rank = low_rank.stacked_rank(parts) if settings.method == "concat" else settings.rank or largest
+    rank = low_rank.stacked_rank(parts, base) if settings.method == "concat" else settings.rank or largest
     tensors, most = {}, 0.0
     for module in parts[0].modules():
-        down, up = low_rank.stacked(parts, module)
+        down, up = low_rank.stacked(parts, module, base)
         if settings.method == "svd":
             down, up, lost = low_rank.truncated(down, up, rank)
             most = max(most, lost)

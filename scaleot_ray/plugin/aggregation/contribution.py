@@ -6,7 +6,7 @@ Where a round began with the aggregate of the one before, what counts is by how 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,13 +110,17 @@ def _matrix(stored: StoredArtifact, name: str) -> torch.Tensor:
 
 
 def contributions(
-    deltas: Sequence[tuple[str, str | Path, float]], start: str | Path | None = None
+    deltas: Sequence[tuple[str, str | Path, float]],
+    start: str | Path | None = None,
+    late: Mapping[str, str | Path | None] | None = None,
 ) -> list[Contribution]:
     """Deltas on disk as the parts of one aggregate, in an order that does not depend on who came first.
 
     Args:
         deltas: name of the data owner, folder of its delta, weight ≥ 0.
         start: folder of the delta that their tuning began with.
+        late: of data owners whose tuning began with another one, in an earlier round: which, by name; None for
+            the emulator as it is.
 
     Raises:
         ConfigError: there is none, two have one name, a weight is no number ≥ 0, all are 0, or they were
@@ -134,11 +138,15 @@ def contributions(
     total = sum(weight for _, _, weight in deltas)
     if total <= 0:
         raise ConfigError("All weights are 0, so no delta counts.", "Give one of them a weight above 0.")
-    began = _delta(start) if start is not None else None
-    found = [Contribution(name, _delta(directory), weight / total, began) for name, directory, weight in deltas]
+    late = late or {}
+    opened = {path: _delta(path) for path in {start, *late.values()} if path is not None}
+    found = []
+    for name, directory, weight in deltas:
+        own = late.get(name, start)
+        found.append(Contribution(name, _delta(directory), weight / total, opened[own] if own is not None else None))
     for other in found[1:]:
         _check_alike(found[0], other)
-    if began is not None:
+    for began in opened.values():
         _check_alike(Contribution("the start", began, 0.0), found[0])
     # Sums of floats depend on their order; sorted, the same deltas give the same bits.
     return sorted(found, key=lambda one: (one.stored.manifest.digest(), one.name))

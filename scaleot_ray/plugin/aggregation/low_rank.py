@@ -19,30 +19,40 @@ from scaleot_ray.tuning.delta import MethodSettings
 from scaleot_ray.tuning.lora import rank_of
 
 
-def stacked_rank(parts: Sequence[Contribution]) -> int:
-    """Rank of the exact sum: that of all deltas together, and that of the start where it does not cancel out."""
-    start = parts[0].start
-    began = rank_of(_settings(start)) if start is not None and _start_weight(parts) else 0
-    return sum(rank_of(part.content.settings) for part in parts) + began
+def stacked_rank(parts: Sequence[Contribution], base: StoredArtifact | None) -> int:
+    """Rank of the exact sum: that of all deltas together, and those of the starts that do not cancel out."""
+    return sum(rank_of(_settings(stored)) for stored, _ in _terms(parts, base))
 
 
-def stacked(parts: Sequence[Contribution], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair (A, B) whose product is start + Σ weight · factor · (delta − start), in float64.
+def stacked(
+    parts: Sequence[Contribution], module: str, base: StoredArtifact | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair (A, B) whose product is base + Σ weight · factor · (delta − its start), in float64.
+
+    Args:
+        parts: the deltas.
+        module: which pair.
+        base: the delta that the round began with.
 
     Returns:
         A (ranks of all, in) and B (out, ranks of all), which holds the weights and alpha / rank.
     """
-    weighted = [(part.stored, part.weight * part.factor) for part in parts]
-    if parts[0].start is not None and _start_weight(parts):
-        weighted.append((parts[0].start, _start_weight(parts)))
-    pairs = [(pair(stored, module), weight) for stored, weight in weighted]
+    pairs = [(pair(stored, module), weight) for stored, weight in _terms(parts, base)]
     return torch.cat([down for (down, _), _ in pairs]), torch.cat([weight * up for (_, up), weight in pairs], dim=1)
 
 
-def _start_weight(parts: Sequence[Contribution]) -> float:
-    """What is left of the start: nothing, unless a change is shortened."""
-    left = 1 - sum(part.weight * part.factor for part in parts)
-    return left if any(part.factor < 1 for part in parts) else 0.0
+def _terms(parts: Sequence[Contribution], base: StoredArtifact | None) -> list[tuple[StoredArtifact, float]]:
+    """Deltas and starts with what each counts in the sum; a start that cancels out is left out."""
+    terms = [(part.stored, part.weight * part.factor) for part in parts]
+    starts = {stored.directory: stored for stored in (base, *(part.start for part in parts)) if stored is not None}
+    for place, stored in starts.items():
+        began = [part for part in parts if part.start is not None and part.start.directory == place]
+        left = float(base is not None and base.directory == place) - sum(part.weight * part.factor for part in began)
+        # Weights add up to 1 but for rounding: where nobody was shortened or late, nothing of the base is left.
+        cancels = base is not None and base.directory == place and len(began) == len(parts)
+        if not (cancels and all(part.factor == 1 for part in parts)):
+            terms.append((stored, left))
+    return terms
 
 
 def _settings(stored: StoredArtifact) -> MethodSettings:
@@ -82,9 +92,9 @@ def settings_of_rank(first: MethodSettings, rank: int) -> MethodSettings:
     return {**first, "rank": rank, "alpha": float(rank)}
 
 
-def bytes_needed(parts: Sequence[Contribution]) -> int:
+def bytes_needed(parts: Sequence[Contribution], base: StoredArtifact | None) -> int:
     """Memory for the largest stacked pair in float64 and its QR, in bytes; it grows with the number of deltas."""
-    rank, largest = stacked_rank(parts), 0
+    rank, largest = stacked_rank(parts, base), 0
     for module in parts[0].modules():
         tensors = parts[0].stored.manifest.tensors
         width = tensors[f"{module}.lora_A"].shape[1] + tensors[f"{module}.lora_B"].shape[0]

@@ -145,7 +145,7 @@ from pathlib import Path
 from scaleot_ray.federation.registry import NewSubmission, Registry
 registry = Registry(Path(sys.argv[1]))
 for tenant in registry.tenants.all():
-    registry.submissions.add(NewSubmission(tenant.name, 1, tenant.name, Path("delta"), 1000, 0.5, 1.0, {}))
+    registry.submissions.add(NewSubmission(tenant.name, 1, tenant.name, Path("delta"), 1000, 0.5, 1.0, {}, None))
     print(tenant.name, flush=True)  # the acknowledgement
 """
 
@@ -156,7 +156,7 @@ def test_nothing_acknowledged_is_lost_when_its_process_is_killed(tmp_path: Path)
         with registry._database.writing():
             for number in range(count):
                 registry._database.execute(
-                    "INSERT INTO tenants VALUES (?, 'admitted', NULL, '{}', NULL, '', 0)", f"owner{number:04}"
+                    "INSERT INTO tenants VALUES (?, 'admitted', NULL, '{}', '', 0)", f"owner{number:04}"
                 )
         registry.rounds.open(EMULATOR.digest(), [tenant.name for tenant in registry.tenants.all()], 1)
     acknowledged: set[str] = set()

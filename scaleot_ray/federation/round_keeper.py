@@ -1,0 +1,301 @@
+"""Rounds on one emulator: who takes part, what is let in, what becomes of it. All of it is on disk.
+
+What the coordinator's actor does, as plain calls: nothing here knows of Ray, and nothing is kept in memory
+that the registry and the folders beside it do not have.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
+from scaleot_ray.artifacts.crossing import cross
+from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
+from scaleot_ray.artifacts.storage import read_artifact, write_artifact
+from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.federation.registry import AGGREGATE, NewPlugIn, NewSubmission, Registry, Round, Submission
+from scaleot_ray.plugin.aggregation import ServerState, aggregate, contributions
+
+REFUSALS_READ = 100
+"""Refused submissions of one sender, after which nothing more of it is looked at: checking costs time."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a data owner sends at the end of its tuning.
+
+    Attributes:
+        tenant: who it says it is.
+        token: what it was given when it was admitted.
+        round: it was tuned in.
+        delta, metrics: give the artefacts, or raise what is wrong with their form.
+        data_digest: HMAC of its data under its own key.
+    """
+
+    tenant: str
+    token: str
+    round: int
+    delta: Callable[[], Artifact]
+    metrics: Callable[[], Artifact]
+    data_digest: str | None = None
+
+
+class RoundKeeper:
+    """Keeper of the rounds on one emulator; a context manager that closes the registry.
+
+    Args:
+        emulator: manifest of the emulator.
+        place: where the emulator lies.
+        folder: for deltas and aggregates, on any disk.
+        registry: folder of the registry, on a disk of this machine.
+        audit: log of what crosses.
+        rounds, aggregation: sections of the run's settings.
+        weights: of the data owners in the aggregate, by name; 1 for those that are not in it.
+
+    Raises:
+        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.registry.Registry`.
+    """
+
+    def __init__(
+        self,
+        emulator: Manifest,
+        place: Path,
+        folder: Path,
+        registry: Path,
+        audit: AuditLog,
+        rounds: RoundSettings,
+        aggregation: AggregationSettings | None,
+        weights: Mapping[str, float],
+    ) -> None:
+        self.emulator, self.rounds, self.aggregation = emulator, rounds, aggregation
+        self._audit, self._weights = audit, dict(weights)
+        self._folder = folder / emulator.digest()[:16]
+        self.registry = Registry(registry / emulator.digest()[:16] / "registry.sqlite")
+        self.registry.add_emulator(emulator, place)
+        self._refused: dict[str, int] = {}
+
+    def __enter__(self) -> RoundKeeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.registry.close()
+
+    def admit(self, name: str, settings: dict[str, Any]) -> str | None:
+        """Admits a data owner; gives the token its submissions must carry, None where it was cancelled or revoked."""
+        known = self.registry.tenants.find(name)
+        if known is not None and known.state in ("cancelled", "revoked"):
+            return None
+        return self.registry.tenants.admit(name, settings)
+
+    def begin(self, names: Sequence[str]) -> Round | None:
+        """The round to work on: one that an earlier run left open or that failed, or the next; None after the last.
+
+        Without an aggregate rounds do not build on one another: every run begins one of its own.
+
+        Args:
+            names: data owners of the run; who is not admitted (any more) does not take part.
+
+        Raises:
+            ConfigError: nobody is left to take part, or fewer than the quorum.
+        """
+        rounds = self.registry.rounds
+        current, past = rounds.current(), rounds.all()
+        deadline = time.time() + self.rounds.deadline if self.rounds.deadline is not None else None
+        taking = [name for name in names if self.registry.tenants.get(name).state == "admitted"]
+        if self.aggregation is None:
+            if current is not None:
+                rounds.fail(current.number, "the run that began it ended before it did")
+        elif current is not None and current.state == "closed":
+            self.end(current.number)
+            return self.begin(names)
+        elif past and past[-1].state in ("open", "failed"):
+            return rounds.reopen(past[-1].number, deadline)
+        elif sum(one.state == "finished" for one in past) >= self.rounds.count:
+            return None
+        start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
+        return rounds.open(
+            self.emulator.digest(),
+            taking,
+            self.rounds.quorum if self.rounds.quorum is not None else max(len(taking), 1),
+            start.digest if start is not None else None,
+            deadline,
+        )
+
+    def taking_part(self, number: int) -> dict[str, bool]:
+        """Who takes part in a round, and whether it has submitted."""
+        return {part.tenant: part.state == "submitted" for part in self.registry.rounds.parts(number)}
+
+    def start(self, number: int, recipient: str) -> Artifact | None:
+        """The aggregate that a round begins with, on its way to a data owner; None for the emulator as it is."""
+        digest = self.registry.rounds.get(number).start
+        return self._on_its_way(digest, data_owner(recipient)) if digest is not None else None
+
+    def begin_part(self, number: int, tenant: str) -> int:
+        """Records that a data owner's tuning starts; gives how often it has in this round."""
+        return self.registry.rounds.begin_part(number, tenant)
+
+    def leave_out(self, number: int, tenant: str, reason: str) -> None:
+        """Records that nothing is to be expected of a data owner in a round any more, and why."""
+        self.registry.rounds.end_part(number, tenant, "failed", reason)
+
+    def take(self, sent: Sent) -> Submission:
+        """Takes what a data owner sends through the gate into the registry; sent twice, it counts once.
+
+        Returns:
+            The submission, which is on the disk now.
+
+        Raises:
+            ArtifactRefused: the data owner is not admitted or its token is wrong, one of the artefacts is not
+                what it says or not what may cross, or no round takes it; audit log and registry say so too.
+        """
+        if self._refused.get(sent.tenant, 0) >= REFUSALS_READ:
+            raise ArtifactRefused(
+                f"{REFUSALS_READ} submissions of {sent.tenant!r} were refused; no more of them are looked at.",
+                "Begin the run again once its data owner sends what `tune` wrote.",
+            )
+        try:
+            self._recording(sent.tenant, lambda: self.registry.tenants.check_sender(sent.tenant, sent.token))
+            return self._take(sent)
+        except ArtifactRefused as error:
+            self._refused[sent.tenant] = self._refused.get(sent.tenant, 0) + 1
+            self.registry.tenants.refuse(sent.tenant, error.problem)
+            raise
+
+    def end(self, number: int) -> Round:
+        """Closes a round and makes its plug-ins, unless it stays below its quorum; again, it changes nothing.
+
+        Raises:
+            ConfigError, ArtifactRefused: as :func:`~scaleot_ray.plugin.aggregation.aggregate`.
+        """
+        current = self.registry.rounds.close(number)
+        if current.state == "closed":
+            counted = self.registry.submissions.of_round(number)
+            results = [NewPlugIn(one.tenant, one.digest, one.folder, {}, [one]) for one in counted]
+            if self.aggregation is not None:
+                results.append(self._aggregate(current, counted, self.aggregation))
+            self.registry.plug_ins.finish_round(number, results)
+        return self.registry.rounds.get(number)
+
+    def submitted(self, tenant: str, number: int | None = None) -> Submission | None:
+        """What a data owner submitted in a round, or last."""
+        found = self.registry.submissions.of_tenant(tenant)
+        return next((one for one in reversed(found) if number in (None, one.round)), None)
+
+    def delta(self, digest: str, recipient: str) -> Artifact:
+        """A delta that was submitted, or an aggregate, on its way to someone; recorded as a crossing."""
+        return self._on_its_way(digest, recipient)
+
+    def _take(self, sent: Sent) -> Submission:
+        began = self._start_of(sent.round)
+        delta = self._read(sent.tenant, "delta", sent.delta)
+        find = self.registry.submissions.find
+        before = self._recording(
+            sent.tenant, lambda: find(sent.tenant, delta.digest, sent.round, self.rounds.staleness), delta
+        )
+        if before is not None:
+            return before
+        cross(delta, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self.emulator, start=began)
+        metrics = self._read(sent.tenant, "metrics", sent.metrics)
+        cross(metrics, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self.emulator)
+        assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
+        place = self._place(delta.digest)
+        if not place.exists():
+            write_artifact(delta, place)
+        norm = contributions([(sent.tenant, place, 1.0)], self._place(began) if began is not None else None)[0].norm()
+        if self.rounds.max_norm is not None and norm > self.rounds.max_norm:
+            shutil.rmtree(place)
+            raise ArtifactRefused(
+                f"the delta's norm is {norm:.4g}, above rounds.max_norm={self.rounds.max_norm:g}.",
+                "Lower tune.learning_rate or tune.steps, or raise rounds.max_norm.",
+            )
+        return self.registry.submissions.add(
+            NewSubmission(
+                tenant=sent.tenant,
+                tuned_round=sent.round,
+                digest=delta.digest,
+                folder=place,
+                bytes=delta.nbytes,
+                norm=norm,
+                weight=self._weights.get(sent.tenant, 1.0),
+                metrics=dict(metrics.manifest.content.values),
+                data_digest=sent.data_digest,
+            ),
+            self.rounds.staleness,
+        )
+
+    def _read(self, tenant: str, kind: Kind, read: Callable[[], Artifact]) -> Artifact:
+        """What a data owner sent, if it is of that kind."""
+
+        def of_kind() -> Artifact:
+            artifact = read()
+            if artifact.manifest.kind != kind:
+                raise ArtifactRefused(
+                    f"{data_owner(tenant)} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
+                    "Send what `tune` wrote.",
+                )
+            return artifact
+
+        return self._recording(tenant, of_kind, kind=kind)
+
+    def _recording(
+        self, tenant: str, check: Callable[[], Any], delta: Artifact | None = None, kind: Kind = "delta"
+    ) -> Any:
+        """What a check gives; where it refuses, the audit log has a line, as it has of what the gate refuses."""
+        try:
+            return check()
+        except ArtifactRefused as error:
+            size, digest = (delta.nbytes, delta.digest) if delta is not None else (0, "")
+            self._audit.record(
+                data_owner(tenant), MODEL_OWNER, kind, size, digest, decision="refused", reason=error.problem
+            )
+            raise
+
+    def _start_of(self, number: int) -> str | None:
+        """Digest of what a round began with; a round that there is not is refused later, by its number."""
+        return next((one.start for one in self.registry.rounds.all() if one.number == number), None)
+
+    def _place(self, digest: str) -> Path:
+        return self._folder / "deltas" / digest
+
+    def _on_its_way(self, digest: str, recipient: str) -> Artifact:
+        artifact = read_artifact(self._place(digest), expected_kind="delta", verify=False)  # the gate verifies
+        content = artifact.manifest.content
+        assert isinstance(content, DeltaContent)  # Manifest ties content to kind
+        cross(artifact, MODEL_OWNER, recipient, self._audit, parent=self.emulator, start=content.start)
+        return artifact
+
+    def _aggregate(self, current: Round, counted: Sequence[Submission], settings: AggregationSettings) -> NewPlugIn:
+        start = self._place(current.start) if current.start is not None else None
+        late = {}
+        for one in counted:
+            if one.tuned_round != current.number:
+                began = self.registry.rounds.get(one.tuned_round).start
+                late[one.tenant] = self._place(began) if began is not None else None
+        states = self._folder / "server"
+        before = states / f"{current.number - 1}.safetensors"
+        made = aggregate(
+            [(one.tenant, one.folder, one.weight) for one in counted],
+            settings,
+            start,
+            ServerState.read(before) if settings.server != "none" and before.exists() else None,
+            late,
+        )
+        if made.state is not None:
+            states.mkdir(parents=True, exist_ok=True)
+            made.state.write(states / f"{current.number}.safetensors")
+        artifact = made.delta.to_artifact(self.emulator, current.start)
+        place = self._place(artifact.digest)
+        if not place.exists():
+            write_artifact(artifact, place)
+        how = {**settings.model_dump(mode="json"), "clipped": made.clipped, "lost": made.lost}
+        return NewPlugIn(AGGREGATE, artifact.digest, place, how, counted)
