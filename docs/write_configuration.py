@@ -29,6 +29,8 @@ SECTIONS: dict[str, list[tuple[str, type[Settings]]]] = {
         ("`stage_one`", config.StageOneSettings),
         ("`emulator`", config.EmulatorSettings),
         ("`tune`", config.TuneSettings),
+        ("`rounds`", config.RoundSettings),
+        ("`aggregation`", config.AggregationSettings),
     ],
     "Single commands": [
         ("`scaleot build`, `jobs/build_emulator.py`", commands.BuildSettings),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import AuditLog, Decision
+from scaleot_ray.artifacts.delta_gate import ANY_START
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.artifacts.manifest import Kind, Manifest
 from scaleot_ray.artifacts.storage import read_artifact
@@ -39,7 +40,7 @@ def cross(
         sender, recipient: parties, for the audit log.
         audit: where the line goes.
         parent: the emulator's manifest, for deltas and metrics.
-        start: digest of the delta that a delta's tuning had to begin with.
+        start: digest of the delta that a delta's tuning had to begin with, see :func:`check_crossing`.
         decision: what the line says of one that passes: ``sent`` or ``received``.
 
     Raises:
@@ -84,5 +85,5 @@ def receive(
         if Path(directory).is_dir():
             audit.record(sender, recipient, kind, 0, "", decision="refused", reason=error.problem)
         raise
-    cross(artifact, sender, recipient, audit, parent=parent, decision="received")
+    cross(artifact, sender, recipient, audit, parent=parent, start=ANY_START, decision="received")
     return artifact

@@ -21,13 +21,18 @@ ACTIVATIONS = ("gelu", "silu", "relu")
 _REMEDY = "Tune again on the emulator this is meant for, and send the delta as scaleot_ray wrote it."
 
 
+ANY_START = "any"
+"""In place of a digest: whatever tuning began with; a delta is the whole change, so it fits all the same."""
+
+
 def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None = None) -> None:
     """Refuses a delta that does not belong to ``parent``, or has other tensors than its method.
 
     Args:
         manifest: the delta's.
         parent: the emulator's that it was tuned on.
-        start: digest of the delta that tuning had to begin with, if any.
+        start: digest of the delta that tuning had to begin with, None for the emulator as it is; or
+            :data:`ANY_START`.
 
     Raises:
         ArtifactRefused: names the tensor or setting, or the delta is larger than :func:`delta_limit`.
@@ -41,7 +46,7 @@ def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None =
         raise ArtifactRefused(
             f"the delta was tuned on emulator {manifest.parent_digest}, not on {parent.digest()}.", _REMEDY
         )
-    if content.start != start:
+    if start != ANY_START and content.start != start:
         raise ArtifactRefused(
             f"tuning began with {_beginning(content.start)}, this round begins with {_beginning(start)}.", _REMEDY
         )

@@ -33,7 +33,8 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, start:
         artifact: what is to cross, in either direction.
         parent: the emulator's manifest; deltas and metrics are checked against it. Metrics pass without
             one only if they name no model, licence or parent.
-        start: digest of the delta that a delta's tuning had to begin with; None for the emulator as it is.
+        start: digest of the delta that a delta's tuning had to begin with; None for the emulator as it is,
+            :data:`~scaleot_ray.artifacts.delta_gate.ANY_START` for any.
 
     Raises:
         ArtifactRefused: it is of no known kind, not what its manifest says, holds files its kind does not

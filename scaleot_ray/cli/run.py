@@ -68,6 +68,8 @@ def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[M
     for line in emulator_lines(emulator):
         console.print(line, markup=False, soft_wrap=True)
     show_standard_table(console, report["tenants"])
+    for line in round_lines(report["rounds"], report["aggregate"]):
+        console.print(line, markup=False, soft_wrap=True)
     for line in crossings(crossed):
         console.print(line, markup=False, soft_wrap=True)
     console.print(
@@ -95,6 +97,21 @@ def emulator_lines(emulator: Mapping[str, Any]) -> list[str]:
     ]
     if emulator["privacy"] is not None:
         lines.append(privacy_text(emulator["privacy"]))
+    return lines
+
+
+def round_lines(rounds: Sequence[Mapping[str, Any]], aggregate: Mapping[str, Any] | None) -> list[str]:
+    """Who was missing in which round, and where the aggregate is."""
+    lines = [
+        f"round {one['number']} went on without {name}: {reason}"
+        for one in rounds
+        for name, reason in one["missing"].items()
+    ]
+    if aggregate is not None:
+        lines.append(
+            f"aggregate of round {aggregate['round']} by {aggregate['settings']['method']}: "
+            f"{_from_here(aggregate['directory'])}"
+        )
     return lines
 
 

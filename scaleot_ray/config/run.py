@@ -36,7 +36,7 @@ class RunSettings(OwnerSettings):
     """A whole run in the environment ``local``: one owner, its emulator, several data owners."""
 
     tune: TuneSettings = TuneSettings()
-    rounds: RoundSettings = RoundSettings()
+    rounds: RoundSettings = Field(RoundSettings(), description="how often data owners tune, and who is waited for")
     aggregation: AggregationSettings | None = Field(
         None, description="make one plug-in of all data owners' deltas too; without it each has its own alone"
     )

@@ -33,7 +33,7 @@ from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.table import TenantTable
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
-from scaleot_ray.federation.registry import Round
+from scaleot_ray.federation.registry import PlugIn, Round
 from scaleot_ray.federation.role import Role
 from scaleot_ray.federation.round_keeper import RoundKeeper, Sent
 from scaleot_ray.federation.table_gate import unpack_table
@@ -176,6 +176,10 @@ class Coordinator(Role):
         """What the registry has of a data owner, without the delta itself: of a round, or the latest."""
         found = self._keeper.submitted(tenant, number)
         return Entry(found.metrics, found.bytes, found.digest) if found is not None else None
+
+    def in_common(self) -> PlugIn | None:
+        """The aggregate of the latest round that has one."""
+        return self._keeper.in_common()
 
     def delta(self, tenant: str) -> Shared:
         """A data owner's latest delta for its evaluator; recorded as a crossing of its own."""

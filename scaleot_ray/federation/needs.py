@@ -75,7 +75,9 @@ def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
         disk=2 * emulator
         + 2 * 12 * harmonizers
         + size.layers * 2 * size.width * size.width * 4
-        + sum(4 * 12 * count for count in trained.values()),
+        + sum(4 * 12 * count for count in trained.values())
+        # The coordinator keeps what was submitted in every round, and every aggregate with its optimizer's state.
+        + settings.rounds.count * (deltas + (6 * max(trained.values()) * 4 if settings.aggregation else 0)),
         owner=Memory(PROCESS + 2 * full, _stage_one_work(stage_one, harmonizers, size)),
         data_owners={
             name: Memory(PROCESS + _training(trained[name], weight), activations(tune, size))

@@ -43,7 +43,7 @@ from scaleot_ray.federation.machine import Machine
 from scaleot_ray.federation.model_owner import ModelOwner, OwnerSections
 from scaleot_ray.federation.needs import RAY, Memory, Needs
 from scaleot_ray.federation.processes import PeakMemory, end, end_marked, wait_for_end
-from scaleot_ray.federation.registry import Round
+from scaleot_ray.federation.registry import PlugIn, Round
 from scaleot_ray.federation.report import RoundResult, RunReport, TenantResult
 from scaleot_ray.federation.role import ACTORS, Present, start, stop
 from scaleot_ray.federation.schedule import Work, next_work
@@ -185,7 +185,7 @@ class Phases:
         self._open = None
         self._until(self._measured)
         self._ask_coordinator("finish")
-        return self._report(built)
+        return self._report(built, self._ask_coordinator("in_common") if self.settings.aggregation else None)
 
     def _start_coordinator(self) -> None:
         settings = self.settings
@@ -480,7 +480,7 @@ class Phases:
             error = error.cause
         return actor_failure(error, actor.role, actor.pid, self.session.logs)
 
-    def _report(self, built: BuildResult) -> RunReport:
+    def _report(self, built: BuildResult, aggregate: PlugIn | None) -> RunReport:
         seconds = {**built.seconds, **{stage: last - first for stage, (first, last) in self._spans.items()}}
         return RunReport(
             model=self.settings.model.path,
@@ -489,6 +489,7 @@ class Phases:
             privacy=built.privacy,
             reused_stage_one=built.reused_stage_one,
             rounds=self.rounds,
+            aggregate=aggregate,
             tenants=[_result(tenant) for tenant in self.tenants],
             seconds=seconds,
             peak_rss_bytes=0,

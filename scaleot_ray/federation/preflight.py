@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from scaleot_ray.config import RunSettings
-from scaleot_ray.errors import ResourcesMissing
+from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.federation.machine import Machine, free_disk
 from scaleot_ray.federation.needs import RAY, Memory, Needs
+from scaleot_ray.plugin.aggregation import check_fits_tuning
 
 _GB = 1e9
 
@@ -24,6 +25,42 @@ def preflight(settings: RunSettings, needs: Needs, machine: Machine) -> None:
     check_processors(settings, machine)
     check_memory(settings, needs, machine)
     check_disk(Path(settings.output), needs)
+
+
+def check_aggregation(settings: RunSettings) -> None:
+    """Whether what data owners tune can be aggregated, and the next round begin with it.
+
+    Raises:
+        ConfigError: names the settings that do not go together.
+    """
+    how = settings.aggregation
+    if how is None:
+        return
+    tunes = {tenant.name: settings.tune_of(tenant) for tenant in settings.tenants}
+    methods = sorted({tune.method for tune in tunes.values()})
+    if len(methods) > 1:
+        raise ConfigError(
+            f"aggregation: data owners tune with different methods, {' and '.join(methods)}.",
+            "Set one tune.method for all, or leave aggregation out: each then has a plug-in of its own.",
+        )
+    check_fits_tuning(how, methods[0])
+    if settings.rounds.count == 1 or methods != ["lora"]:
+        return
+    if how.method == "concat":
+        raise ConfigError(
+            "aggregation.method: concat adds up the ranks of all data owners, so the next round cannot begin with it.",
+            "Set aggregation.method to svd, or rounds.count to 1.",
+        )
+    shapes = sorted({(tune.lora_rank, tune.lora_alpha) for tune in tunes.values()})
+    if len(shapes) > 1 or how.rank not in (None, shapes[0][0]):
+        own = " and ".join(f"rank {rank}, alpha {alpha:g}" for rank, alpha in shapes)
+        made = f", and aggregation.rank is {how.rank}" if how.rank is not None else ""
+        raise ConfigError(
+            "tune.lora_rank: a round begins with the aggregate of the one before, which has one rank and alpha for "
+            f"all; data owners tune with {own}{made}.",
+            "Set one tune.lora_rank and tune.lora_alpha for all and leave aggregation.rank out, or set rounds.count "
+            "to 1.",
+        )
 
 
 def check_processors(settings: RunSettings, machine: Machine) -> None:

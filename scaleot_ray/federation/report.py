@@ -12,6 +12,7 @@ from scaleot_ray.emulator.layer_map import LayerRole, positions
 from scaleot_ray.evaluation.score import Score
 from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
 from scaleot_ray.federation.coordinator import Opened
+from scaleot_ray.federation.registry import PlugIn
 from scaleot_ray.stages.record import write_record
 from scaleot_ray.stages.score import reported
 
@@ -90,6 +91,7 @@ class RunReport:
         privacy: what a privacy level required and what was reached; None for a given (α, β).
         reused_stage_one: whether stage 1 was finished before.
         rounds: those of this run.
+        aggregate: the plug-in that all data owners have in common; None without aggregation.
         tenants: by data owner, in the settings' order.
         seconds: ``total``, and by stage.
         peak_rss_bytes: peak memory of all processes together, shared pages counted once.
@@ -102,6 +104,7 @@ class RunReport:
     privacy: dict[str, Any] | None
     reused_stage_one: bool
     rounds: list[RoundResult]
+    aggregate: PlugIn | None
     tenants: list[TenantResult]
     seconds: dict[str, float]
     peak_rss_bytes: int
@@ -118,6 +121,7 @@ class RunReport:
             "peak_rss_bytes": self.peak_rss_bytes,
             "emulator": self._emulator(),
             "rounds": [asdict(one) for one in self.rounds],
+            "aggregate": self._aggregate(),
             "tenants": [tenant.as_json() for tenant in self.tenants],
             "audit": str(self.audit),
             "audit_head": self.audit_head,
@@ -128,6 +132,12 @@ class RunReport:
         path = self.directory / FILE
         write_record(path, self.as_json())
         return path
+
+    def _aggregate(self) -> dict[str, Any] | None:
+        if self.aggregate is None:
+            return None
+        made = self.aggregate
+        return {"round": made.round, "digest": made.digest, "directory": str(made.folder), "settings": made.settings}
 
     def _emulator(self) -> dict[str, Any]:
         content = emulator_content(self.emulator)

@@ -17,11 +17,12 @@ from typing import Any
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
+from scaleot_ray.artifacts.delta_gate import ANY_START
+from scaleot_ray.artifacts.manifest import Kind, Manifest, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, write_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.errors import ArtifactRefused
-from scaleot_ray.federation.registry import AGGREGATE, NewPlugIn, NewSubmission, Registry, Round, Submission
+from scaleot_ray.federation.registry import AGGREGATE, NewPlugIn, NewSubmission, PlugIn, Registry, Round, Submission
 from scaleot_ray.plugin.aggregation import ServerState, aggregate, contributions
 
 REFUSALS_READ = 100
@@ -191,6 +192,10 @@ class RoundKeeper:
         found = self.registry.submissions.of_tenant(tenant)
         return next((one for one in reversed(found) if number in (None, one.round)), None)
 
+    def in_common(self) -> PlugIn | None:
+        """The aggregate of the latest round that has one."""
+        return self.registry.plug_ins.in_force(AGGREGATE)
+
     def delta(self, digest: str, recipient: str) -> Artifact:
         """A delta that was submitted, or an aggregate, on its way to someone; recorded as a crossing."""
         return self._on_its_way(digest, recipient)
@@ -269,9 +274,7 @@ class RoundKeeper:
 
     def _on_its_way(self, digest: str, recipient: str) -> Artifact:
         artifact = read_artifact(self._place(digest), expected_kind="delta", verify=False)  # the gate verifies
-        content = artifact.manifest.content
-        assert isinstance(content, DeltaContent)  # Manifest ties content to kind
-        cross(artifact, MODEL_OWNER, recipient, self._audit, parent=self.emulator, start=content.start)
+        cross(artifact, MODEL_OWNER, recipient, self._audit, parent=self.emulator, start=ANY_START)
         return artifact
 
     def _aggregate(self, current: Round, counted: Sequence[Submission], settings: AggregationSettings) -> NewPlugIn:

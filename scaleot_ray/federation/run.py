@@ -12,7 +12,7 @@ from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.machine import this_machine
 from scaleot_ray.federation.needs import run_needs
 from scaleot_ray.federation.phases import Phases
-from scaleot_ray.federation.preflight import preflight
+from scaleot_ray.federation.preflight import check_aggregation, preflight
 from scaleot_ray.federation.processes import PeakMemory
 from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.session import local_ray, ray_is_given
@@ -47,6 +47,7 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
     """
     start = time.monotonic()
     settings = with_absolute_paths(settings)
+    check_aggregation(settings)
     check_data(settings)
     size = model_size(settings.model)
     check_rows(settings, size.context)

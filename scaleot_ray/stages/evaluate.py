@@ -10,6 +10,7 @@ from typing import Any
 
 from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.delta_gate import ANY_START
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data.dataset_key import dataset_key
@@ -129,7 +130,7 @@ class _Evaluation:
 
     def __post_init__(self) -> None:
         if self.emulator is not None and self.delta is not None:
-            check_crossing(self.delta, parent=self.emulator.manifest)
+            check_crossing(self.delta, parent=self.emulator.manifest, start=ANY_START)
         if self.emulator is not None and self.base is not None:
             check_same_model(self.base, self.emulator.manifest)
             check_same_tokenizer(self.base, self.emulator.files, chat=self.test.task == "chat")

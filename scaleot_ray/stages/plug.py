@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.delta_gate import ANY_START
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.data.encoding import Encoder
@@ -46,7 +47,7 @@ def plug_in(
             written in this form; ``output`` exists.
         ResourcesMissing: the disk is full; nothing is left behind.
     """
-    check_crossing(delta, parent=emulator)
+    check_crossing(delta, parent=emulator, start=ANY_START)
     check_same_model(base, emulator)
     check_same_tokenizer(base, emulator_files)
     if adapter:

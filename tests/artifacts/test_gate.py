@@ -3,7 +3,7 @@ import torch
 
 from scaleot_ray.artifacts import Artifact, DeltaContent, MetricsContent, check_crossing
 from scaleot_ray.artifacts.card import with_card
-from scaleot_ray.artifacts.delta_gate import delta_limit
+from scaleot_ray.artifacts.delta_gate import ANY_START, delta_limit
 from scaleot_ray.artifacts.provenance import LICENCE_LIMIT, NAME_LIMIT
 from scaleot_ray.errors import ArtifactRefused
 from tests.artifacts.examples import MAP, delta, emulator, metrics
@@ -230,6 +230,7 @@ def test_a_delta_begins_where_its_round_does():
     later = Artifact.made_from(parent, "delta", content, plain.tensors)
     check_crossing(plain, parent=parent)
     check_crossing(later, parent=parent, start="ab" * 32)
+    check_crossing(later, parent=parent, start=ANY_START)
     _refused(later, "tuning began with delta abab.*begins with the emulator as it is", parent=parent)
     with pytest.raises(ArtifactRefused, match="began with the emulator as it is, this round begins with delta abab"):
         check_crossing(plain, parent=parent, start="ab" * 32)

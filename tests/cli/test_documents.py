@@ -26,6 +26,7 @@ EXAMPLES: dict[str, type[Settings]] = {
     "plug.yaml": PlugSettings,
     "evaluate.yaml": EvaluateSettings,
     "two_owners.yaml": RunSettings,
+    "rounds.yaml": RunSettings,
     "multiple_choice.yaml": RunSettings,
 }
 PAGES = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").glob("*.md"))]

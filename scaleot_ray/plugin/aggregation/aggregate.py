@@ -17,7 +17,7 @@ from scaleot_ray.plugin.aggregation.combine import ACROSS_BYTES, median, trimmed
 from scaleot_ray.plugin.aggregation.contribution import PIECE, Contribution, clipped, contributions
 from scaleot_ray.plugin.aggregation.server import ServerState, server_step
 from scaleot_ray.tuning.delta import Delta, MethodSettings
-from scaleot_ray.tuning.lora import rank_of
+from scaleot_ray.tuning.lora import alpha_of, rank_of
 
 FITS = {
     "layers": ("mean", "median", "trimmed_mean", "ties", "dare"),
@@ -166,5 +166,5 @@ def _low_rank(
         if settings.method == "svd":
             down, up, lost = low_rank.truncated(down, up, rank)
             most = max(most, lost)
-        tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = down, up
-    return tensors, low_rank.settings_of_rank(own, rank), most
+        tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = down, up * (rank / alpha_of(own))
+    return tensors, {**own, "rank": rank}, most

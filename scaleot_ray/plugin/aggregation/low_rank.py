@@ -87,11 +87,6 @@ def truncated(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Te
     return new_down, new_up, lost / total if total else 0.0
 
 
-def settings_of_rank(first: MethodSettings, rank: int) -> MethodSettings:
-    """Settings of a pair that counts as it is: alpha equals the rank."""
-    return {**first, "rank": rank, "alpha": float(rank)}
-
-
 def bytes_needed(parts: Sequence[Contribution], base: StoredArtifact | None) -> int:
     """Memory for the largest stacked pair in float64 and its QR, in bytes; it grows with the number of deltas."""
     rank, largest = stacked_rank(parts, base), 0
