@@ -23,6 +23,8 @@ from scaleot_ray.cli.options import DebugOption, Format, FormatOption, SetOption
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.plug import plug_command
 from scaleot_ray.cli.run import run_command
+from scaleot_ray.cli.status import status_command
+from scaleot_ray.cli.tenants import revoke_command, tenants_command
 from scaleot_ray.cli.tune import tune_command
 from scaleot_ray.config import Settings, load_yaml
 from scaleot_ray.errors import ConfigError, Interrupted, ScaleOTError
@@ -83,6 +85,9 @@ def build_app() -> typer.Typer:
     app.command("plug")(plug_command)
     app.command("eval")(evaluate_command)
     app.command("run")(run_command)
+    app.command("status")(status_command)
+    app.command("tenants")(tenants_command)
+    app.command("revoke")(revoke_command)
     app.command("inspect")(inspect_command)
     return app
 

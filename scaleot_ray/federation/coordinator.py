@@ -31,6 +31,7 @@ from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.table import TenantTable
+from scaleot_ray.federation.administration import Request, carry_out
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.registry import PlugIn, Round
@@ -176,6 +177,10 @@ class Coordinator(Role):
         """What the registry has of a data owner, without the delta itself: of a round, or the latest."""
         found = self._keeper.submitted(tenant, number)
         return Entry(found.metrics, found.bytes, found.digest) if found is not None else None
+
+    def carry_out(self, request: Request) -> list[int]:
+        """Does what an administrator asks; see :func:`scaleot_ray.federation.administration.carry_out`."""
+        return carry_out(request, self._keeper)
 
     def in_common(self) -> PlugIn | None:
         """The aggregate of the latest round that has one."""

@@ -8,6 +8,7 @@
     evaluator/NAME/        rows measured with both secrets, where an evaluator is declared
     coordinator/DIGEST/    what came back for the emulator of this digest: registry, deltas, aggregates
     coordinator/tables/    rows that evaluators have sent
+    coordinator/requests/  what an administrator asks of a run that is under way
     audit.jsonl            one line for every crossing
     report.json            the result
 """
@@ -28,6 +29,10 @@ from scaleot_ray.errors import ConfigError
 _OWN = ("model_owner", "tenants", "evaluator", "coordinator")
 _LEFT_AT_THE_TOP = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\.report\.json\.\d+")
 _LEFT_INSIDE = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\..+\.(safetensors|json)\.\d+")
+
+
+class FolderHeld(ConfigError):
+    """A run is working in the folder."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class RunFolder:
         """What the coordinator keeps, by emulator."""
         return self.path / "coordinator"
 
+    @property
+    def requests(self) -> Path:
+        """What is asked of a run that is under way, and its answers."""
+        return self.coordinator / "requests"
+
     def table(self, name: str) -> Path:
         """The rows that the evaluator of a tenant has sent."""
         return self.coordinator / "tables" / f"{name}.json"
@@ -73,7 +83,8 @@ class RunFolder:
         """Holds the folder for one run, and clears away what a killed one left half-written.
 
         Raises:
-            ConfigError: another run holds it, or it cannot be written.
+            FolderHeld: another run holds it.
+            ConfigError: it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,13 +98,27 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ConfigError(
+                raise FolderHeld(
                     f"output: another run is working in {self.path}.", "Wait for it, or set output to another folder."
                 ) from None
             self._clear()
             yield
         finally:
             os.close(handle)
+
+    def is_held(self) -> bool:
+        """Whether a run is working in the folder just now."""
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+        return False
 
     def _clear(self) -> None:
         # Whatever is renamed into place last has such a name before. The folder may be one that the user

@@ -25,6 +25,7 @@ from scaleot_ray.config import RunSettings, TenantSettings
 from scaleot_ray.data.sources import find_sources
 from scaleot_ray.errors import RunFailed, ScaleOTError
 from scaleot_ray.evaluation.table import TenantTable
+from scaleot_ray.federation.administration import Request, note_registry, pending, reply
 from scaleot_ray.federation.coordinator import (
     COORDINATOR,
     MODEL_OWNER,
@@ -141,6 +142,7 @@ class Phases:
         self.actors: list[Running] = []
         self.rounds: list[RoundResult] = []
         self._open: Opened | None = None
+        self._published = False
         self._last = False  # the round under way is the last: what data owners submit stays
         self._starts = Starts(session, on_progress)
         self._mark = secrets.token_hex(8)
@@ -171,6 +173,7 @@ class Phases:
         if self.settings.evaluator:
             recipients += [evaluator(tenant.name) for tenant in self.tenants]
         self._ask_coordinator("publish", recipients)
+        self._published = True
         for tenant in self.tenants:
             tenant.token = self._ask_coordinator("admit", tenant.name, tenant.settings.model_dump(mode="json"))
             if self.settings.evaluator:
@@ -191,7 +194,7 @@ class Phases:
         settings = self.settings
         charge = Charge(
             str(self.folder.path),
-            settings.registry or str(self.folder.coordinator),
+            str(note_registry(self.folder, settings.registry)),
             settings.rounds,
             settings.aggregation,
             {tenant.name: tenant.weight for tenant in settings.tenants},
@@ -235,11 +238,13 @@ class Phases:
         if self.settings.rounds.staleness and not self._last:
             return
         for tenant in self.tenants:
-            if tenant.tuning is not None:
-                (actor,) = [actor for actor in self.actors if actor.role == data_owner(tenant.name)]
-                self._stop(actor)
-                self._works = [work for work in self._works if work.role != actor.role]
-                tenant.tuning = None
+            self._end_tuning(tenant)
+
+    def _end_tuning(self, tenant: Tenant) -> None:
+        for actor in [actor for actor in self.actors if actor.role == data_owner(tenant.name)]:
+            self._stop(actor)
+        self._works = [work for work in self._works if work.role != data_owner(tenant.name)]
+        tenant.tuning = None
 
     def _missing(self, ended: Opened) -> dict[str, str]:
         """Who is not in a round, and why."""
@@ -346,9 +351,7 @@ class Phases:
         if actor not in self.actors:
             return True  # both answers of a dead actor fail; the first has been seen to
         problem = actor_failure(error, actor.role, actor.pid, self.session.logs)
-        self._stop(actor)
-        self._works = [work for work in self._works if work.role != actor.role]
-        tenant.tuning = None
+        self._end_tuning(tenant)
         attempts = self.settings.rounds.attempts
         if has_died(error) and tenant.attempts < attempts:
             self._tell(f"{actor.role} died and starts again ({tenant.attempts + 1} of {attempts})")
@@ -360,6 +363,32 @@ class Phases:
             lambda _: None,
         )
         return True
+
+    def _carry_out(self, name: str, request: Request) -> None:
+        """Does what an administrator asks of the run that is under way."""
+
+        def done(changed: list[int]) -> None:
+            for tenant in self.tenants:
+                if tenant.name == request.tenant and request.action != "resume":
+                    self._leave_out(tenant, request)
+            reply(self.folder, name, changed)
+
+        def failed(error: Exception) -> bool:
+            reply(self.folder, name, actor_failure(error, COORDINATOR, self.coordinator.pid, self.session.logs))
+            return True
+
+        self._call(self.coordinator, self.coordinator.handle.carry_out.remote(request), done, failed)
+
+    def _leave_out(self, tenant: Tenant, request: Request) -> None:
+        """Expects nothing more of a data owner in the round under way; the next is begun without it."""
+        if self._open is None or tenant.submitted >= self._open.round.number:
+            return
+        verb = {"pause": "paused", "cancel": "cancelled", "revoke": "revoked"}[request.action]
+        why = f"{tenant.name} was {verb}" + (f": {request.reason}" if request.reason else "")
+        tenant.left_out = RunFailed(f"{why}.", "`scaleot tenants` shows who takes part.")
+        self._end_tuning(tenant)
+        number = self._open.round.number
+        self._call(self.coordinator, self.coordinator.handle.leave_out.remote(number, tenant.name, why), lambda _: None)
 
     def _measure(self, tenant: Tenant, role: str) -> None:
         tenant.measuring = True
@@ -465,6 +494,9 @@ class Phases:
             self._starts.look()
             if self.coordinator.pid is None:
                 continue  # it is still starting
+            if self._published:
+                for name, request in pending(self.folder):
+                    self._carry_out(name, request)
             # Asked in every round, so that the coordinator hears of its driver, and we of everyone.
             try:
                 reports = ray.get(self.coordinator.handle.reports.remote(), timeout=_ANSWER_SECONDS)

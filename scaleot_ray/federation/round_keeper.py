@@ -18,11 +18,20 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.delta_gate import ANY_START
-from scaleot_ray.artifacts.manifest import Kind, Manifest, MetricsContent
-from scaleot_ray.artifacts.storage import read_artifact, write_artifact
+from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
+from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.errors import ArtifactRefused
-from scaleot_ray.federation.registry import AGGREGATE, NewPlugIn, NewSubmission, PlugIn, Registry, Round, Submission
+from scaleot_ray.federation.registry import (
+    AGGREGATE,
+    NewPlugIn,
+    NewSubmission,
+    PlugIn,
+    Registry,
+    Round,
+    Submission,
+    TenantState,
+)
 from scaleot_ray.plugin.aggregation import ServerState, aggregate, contributions
 
 REFUSALS_READ = 100
@@ -180,12 +189,55 @@ class RoundKeeper:
         """
         current = self.registry.rounds.close(number)
         if current.state == "closed":
-            counted = self.registry.submissions.of_round(number)
+            revoked = {one.name for one in self.registry.tenants.all() if one.state == "revoked"}
+            counted = [one for one in self.registry.submissions.of_round(number) if one.tenant not in revoked]
+            if len(counted) < current.quorum:  # someone was revoked who had submitted
+                self.registry.rounds.fail(number, f"{len(counted)} of the {current.quorum} submissions of its quorum")
+                return self.registry.rounds.get(number)
             results = [NewPlugIn(one.tenant, one.digest, one.folder, {}, [one]) for one in counted]
             if self.aggregation is not None:
-                results.append(self._aggregate(current, counted, self.aggregation))
+                results.append(self._aggregate(number, counted, self.aggregation, self._base(number)))
             self.registry.plug_ins.finish_round(number, results)
         return self.registry.rounds.get(number)
+
+    def set_state(self, tenant: str, state: TenantState, reason: str) -> None:
+        """Pauses or cancels a data owner, or lets one that was paused take part again.
+
+        Raises:
+            ConfigError: there is no such data owner, or it was cancelled or revoked before.
+        """
+        self.registry.tenants.set_state(tenant, state, reason)
+
+    def revoke(self, tenant: str, reason: str) -> list[int]:
+        """Withdraws all that came from a data owner: its plug-ins, and its part in every aggregate.
+
+        Aggregates that it was in are made anew without it, and those of later rounds on top of them: of the
+        others' deltas counts how far each came from where it began. That they began with something it was part
+        of is not undone. Its deltas are removed, and the old aggregates once nothing in force began with them.
+
+        Returns:
+            Rounds whose aggregate changed; once more, none.
+
+        Raises:
+            ConfigError: there is no such data owner.
+            ArtifactRefused: a delta on disk is damaged.
+        """
+        self.registry.tenants.set_state(tenant, "revoked", reason)
+        withdrawn = f"{tenant} was revoked" + (f": {reason}" if reason else "")
+        changed = []
+        for one in self.registry.plug_ins.all():
+            if one.state != "active" or one.name != AGGREGATE:
+                continue
+            was_in = any(part.tenant == tenant for part in self.registry.plug_ins.made_from(one))
+            if was_in or _began(one) != self._base(one.round):
+                self._remake(one.round, tenant, withdrawn)
+                changed.append(one.round)
+        # Last, so that a revocation that was cut short finds what is left to do.
+        for one in self.registry.plug_ins.of(tenant):
+            if one.state == "active":
+                self.registry.plug_ins.revoke(tenant, one.round, withdrawn)
+        self._drop_unused()
+        return changed
 
     def submitted(self, tenant: str, number: int | None = None) -> Submission | None:
         """What a data owner submitted in a round, or last."""
@@ -277,28 +329,68 @@ class RoundKeeper:
         cross(artifact, MODEL_OWNER, recipient, self._audit, parent=self.emulator, start=ANY_START)
         return artifact
 
-    def _aggregate(self, current: Round, counted: Sequence[Submission], settings: AggregationSettings) -> NewPlugIn:
-        start = self._place(current.start) if current.start is not None else None
+    def _aggregate(
+        self, number: int, counted: Sequence[Submission], settings: AggregationSettings, base: str | None
+    ) -> NewPlugIn:
+        """One delta of a round's submissions, from the aggregate ``base`` of the round before on."""
         late = {}
         for one in counted:
-            if one.tuned_round != current.number:
-                began = self.registry.rounds.get(one.tuned_round).start
+            # What it began with is the base, unless it was late, or the base was made anew since without someone.
+            began = self._start_of(one.tuned_round)
+            if began != base:
                 late[one.tenant] = self._place(began) if began is not None else None
         states = self._folder / "server"
-        before = states / f"{current.number - 1}.safetensors"
+        before = states / f"{number - 1}.safetensors"
         made = aggregate(
             [(one.tenant, one.folder, one.weight) for one in counted],
             settings,
-            start,
+            self._place(base) if base is not None else None,
             ServerState.read(before) if settings.server != "none" and before.exists() else None,
             late,
         )
         if made.state is not None:
             states.mkdir(parents=True, exist_ok=True)
-            made.state.write(states / f"{current.number}.safetensors")
-        artifact = made.delta.to_artifact(self.emulator, current.start)
+            made.state.write(states / f"{number}.safetensors")
+        artifact = made.delta.to_artifact(self.emulator, base)
         place = self._place(artifact.digest)
         if not place.exists():
             write_artifact(artifact, place)
         how = {**settings.model_dump(mode="json"), "clipped": made.clipped, "lost": made.lost}
         return NewPlugIn(AGGREGATE, artifact.digest, place, how, counted)
+
+    def _base(self, number: int) -> str | None:
+        """Digest of the aggregate in force of the latest round before this one that has one."""
+        found = [one for one in self.registry.plug_ins.of(AGGREGATE) if one.state == "active" and one.round < number]
+        return max(found, key=lambda one: one.round).digest if found else None
+
+    def _remake(self, number: int, without: str, reason: str) -> None:
+        """Makes the aggregate of a finished round anew from what counts of it, or withdraws it where nothing does."""
+        (made,) = [one for one in self.registry.plug_ins.of(AGGREGATE, number) if one.state == "active"]
+        counted = [one for one in self.registry.plug_ins.made_from(made) if one.tenant != without]
+        if not any(one.weight for one in counted):
+            self.registry.plug_ins.revoke(AGGREGATE, number, reason)
+            return
+        how = {key: value for key, value in made.settings.items() if key in AggregationSettings.model_fields}
+        new = self._aggregate(number, counted, AggregationSettings(**how), self._base(number))
+        self.registry.plug_ins.replace(number, new, reason)
+
+    def _drop_unused(self) -> None:
+        """Removes the artefacts that nothing in force was made from or began with."""
+        registry = self.registry
+        used = {one.digest for one in registry.plug_ins.all() if one.state == "active"}
+        revoked = {one.name for one in registry.tenants.all() if one.state == "revoked"}
+        for one in registry.rounds.all():
+            kept = [found for found in registry.submissions.of_round(one.number) if found.tenant not in revoked]
+            used |= {found.digest for found in kept} | {one.start for _ in kept if one.start is not None}
+            if one.state in ("open", "closed") and one.start is not None:
+                used.add(one.start)
+        for place in (self._folder / "deltas").glob("*"):
+            if place.name not in used and not place.name.startswith("."):
+                shutil.rmtree(place)
+
+
+def _began(plug_in: PlugIn) -> str | None:
+    """Digest of the aggregate that another one was made on top of."""
+    content = read_manifest(plug_in.folder).content
+    assert isinstance(content, DeltaContent)  # Manifest ties content to kind
+    return content.start

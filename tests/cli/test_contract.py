@@ -15,7 +15,7 @@ from scaleot_ray.config import DataSettings, ModelSettings
 from scaleot_ray.errors import ConfigError
 from tests.cli.command import python, scaleot
 
-COMMANDS = ("demo", "doctor", "build", "tune", "plug", "eval", "run", "inspect")
+COMMANDS = ("demo", "doctor", "build", "tune", "plug", "eval", "run", "status", "tenants", "revoke", "inspect")
 HEAVY = ("torch", "transformers", "datasets", "ray", "peft", "pyarrow", "numpy")
 
 

@@ -197,6 +197,48 @@ def test_cancelled_data_owners_take_no_part(bench: Bench) -> None:
         bench.keeper.begin(NAMES)
 
 
+def test_a_revoked_data_owner_is_taken_out_of_everything(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=3), aggregation=AggregationSettings())
+    values = {"ann": (1.0, 4.0), "ben": (2.0, 2.0), "cas": (9.0, 9.0)}
+    for turn in (0, 1):
+        number = bench.begin()
+        for name in NAMES:
+            bench.send(name, number, values[name][turn])
+        bench.keeper.end(number)
+    assert bench.value(AGGREGATE) == 5.0
+    third = bench.begin()
+    bench.send("cas", third, 7.0)
+    bench.send("ann", third, 6.0)
+    bench.send("ben", third, 5.0)
+    before = {path.name for path in bench.folder.glob("c/*/deltas/*")}
+    assert bench.keeper.revoke("cas", "asked to") == [1, 2]
+    # Round 1: (1 + 2) / 2 = 1.5. Round 2 began with 4: (0 - 2) / 2 = -1 from there, so 0.5.
+    assert bench.value(AGGREGATE) == 0.5
+    registry = bench.keeper.registry
+    versions = [(one.round, one.state) for one in registry.plug_ins.of(AGGREGATE)]
+    assert versions == [(1, "revoked"), (2, "revoked"), (1, "active"), (2, "active")]
+    assert registry.plug_ins.in_force("cas") is None
+    assert registry.plug_ins.of("cas")[0].reason == "cas was revoked: asked to"
+    gone = before - {path.name for path in bench.folder.glob("c/*/deltas/*")}
+    assert gone == {one.digest for one in registry.submissions.of_tenant("cas")}
+    with pytest.raises(ArtifactRefused, match="cas was revoked"):
+        bench.send("cas", third, 7.0)
+    assert bench.keeper.end(third).state == "failed"  # its quorum was all three
+    bench.new(rounds=RoundSettings(count=3, quorum=2))
+    assert bench.keeper.revoke("cas", "once more") == []
+    assert bench.value("ann") == 4.0
+
+
+def test_without_anyone_left_an_aggregate_is_withdrawn(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings())
+    number = bench.begin(["ann"])
+    bench.send("ann", number, 1.0)
+    bench.keeper.end(number)
+    bench.keeper.revoke("ann", "")
+    assert bench.keeper.registry.plug_ins.in_force(AGGREGATE) is None
+    assert not list(bench.folder.glob("c/*/deltas/*"))
+
+
 def _nan(tiny: TinyDeltas) -> Artifact:
     delta = tiny.delta(1.0)
     next(iter(delta.tensors.values())).fill_(float("nan"))  # behind the manifest's back: none is made of NaN

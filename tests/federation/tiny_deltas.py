@@ -8,8 +8,13 @@ from pathlib import Path
 import torch
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.federation.administration import note_registry
+from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.round_keeper import RoundKeeper, Sent
 from scaleot_ray.stages.build import build
 from scaleot_ray.tuning.delta import Delta
 from tests.tiny_run import write_tiny_run
@@ -48,3 +53,20 @@ class TinyDeltas:
     def metrics(self, value: float = 2.0) -> Artifact:
         """Numbers beside a delta."""
         return Artifact.made_from(self.emulator.manifest, "metrics", MetricsContent(values={"emulator_tuned": value}))
+
+
+def ended_run(tiny: TinyDeltas, folder: Path) -> RunFolder:
+    """The folder of a run that has ended: one round of ann and ben, and its aggregate; no actor was there."""
+    run = RunFolder(folder / "run")
+    run.path.mkdir()
+    run.emulator.symlink_to(tiny.folder / "emulator")
+    registry, audit = note_registry(run, str(folder / "elsewhere")), AuditLog(run.audit)
+    settings = (RoundSettings(), AggregationSettings(), dict[str, float]())
+    with RoundKeeper(tiny.emulator.manifest, run.emulator, run.coordinator, registry, audit, *settings) as keeper:
+        tokens = {name: keeper.admit(name, {}) for name in ("ann", "ben")}
+        keeper.begin(list(tokens))
+        for value, (name, token) in enumerate(tokens.items(), start=1):
+            delta = tiny.delta(float(value))
+            keeper.take(Sent(name, token or "", 1, lambda delta=delta: delta, tiny.metrics))  # type: ignore[misc]
+        keeper.end(1)
+    return run

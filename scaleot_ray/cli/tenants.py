@@ -1,0 +1,114 @@
+"""``scaleot tenants RUN`` and ``scaleot revoke RUN NAME``: who takes part in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_ray.cli.options import DebugOption, Format, FormatOption
+from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.status import RunArgument
+from scaleot_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scaleot_ray.federation.administration import Action
+
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the registry.")]
+_NAME = "NAME"
+
+
+def tenants_command(
+    context: typer.Context,
+    run: RunArgument,
+    pause: Annotated[str, typer.Option(help="This data owner starts nothing new.", metavar=_NAME)] = "",
+    resume: Annotated[str, typer.Option(help="Takes part again from the next round.", metavar=_NAME)] = "",
+    cancel: Annotated[str, typer.Option(help="Takes no further part; final.", metavar=_NAME)] = "",
+    reason: ReasonOption = "",
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Show the data owners of a run; pause one, let it in again, cancel it.
+
+    Reads the registry. Writes to it with --pause, --resume or --cancel, also
+    while the run is under way: who tunes just then is ended. What a cancelled
+    data owner has submitted counts; `scaleot revoke` withdraws that too.
+
+    Examples:
+
+      scaleot tenants scaleot-runs/rounds
+
+      scaleot tenants scaleot-runs/rounds --pause bob --reason "new data soon"
+    """
+    with working(context, "Run the same command again.") as out:
+        asked: dict[Action, str] = {"pause": pause, "resume": resume, "cancel": cancel}
+        given = {action: name for action, name in asked.items() if name}
+        if len(given) > 1:
+            raise ConfigError(
+                f"{' and '.join(f'--{action}' for action in given)} are given at once.", "Do one after the other."
+            )
+        for action, name in given.items():
+            _administer(run, action, name, reason)
+        _show_tenants(out, run)
+
+
+def revoke_command(
+    context: typer.Context,
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(help="The data owner.", metavar=_NAME)],
+    reason: ReasonOption = "",
+    format: FormatOption = Format.text,
+    debug: DebugOption = False,
+) -> None:
+    """Withdraw everything that came from a data owner. This is final.
+
+    Reads and writes the registry of a run, also while it is under way. The data
+    owner's plug-ins are removed, and every aggregate that it was part of is made
+    anew without it, as are those on top. Nothing more is taken from it. That
+    others once began a round with something it was part of is not undone. Its
+    own folder in the run stays: it is its own.
+
+    Example:
+
+      scaleot revoke scaleot-runs/rounds carol --reason "withdrew consent"
+    """
+    with working(context, "Run the same command again; it goes on where it was.") as out:
+        changed = _administer(run, "revoke", name, reason)
+        for number in changed:
+            out.note(f"The aggregate of round {number} was made anew without {name}.")
+        _show_tenants(out, run)
+
+
+def _administer(run: str, action: Action, name: str, reason: str) -> list[int]:
+    from scaleot_ray.federation.administration import Request, administer
+    from scaleot_ray.federation.folder import RunFolder
+
+    return administer(RunFolder(Path(run).expanduser()), Request(action, name, reason))
+
+
+def _show_tenants(out: Output, run: str) -> None:
+    from scaleot_ray.federation.folder import RunFolder
+    from scaleot_ray.federation.status import run_status
+
+    document = run_status(RunFolder(Path(run).expanduser()))
+    out.result(document, lambda console: _show(console, document))
+
+
+def _show(console: Console, document: Mapping[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("data owner", "state", "submissions", "refused", "plug-in"):
+        table.add_column(name, overflow="fold")
+    for one in document["tenants"]:
+        state = one["state"] + (f" ({one['reason']})" if one["reason"] else "")
+        refused = "; ".join(f"{found['count']} × {found['reason']}" for found in one["refusals"])
+        plug_in = one["plug_in"]
+        made = f"round {plug_in['round']}, {plug_in['digest'][:12]}…" if plug_in else ""
+        table.add_row(one["name"], state, str(one["submissions"]), refused, made)
+    console.print(table)
