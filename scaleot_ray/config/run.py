@@ -26,6 +26,9 @@ class TenantSettings(Settings):
     gpus: Number = Field(
         0.0, ge=0, le=1, description="one GPU (1) or a share of it, for the same; an actor computes on one GPU at most"
     )
+    deadline: Number | None = Field(
+        None, gt=0, description="seconds that its tuning may take in a round; the round then goes on without it"
+    )
     weight: Number = Field(1.0, ge=0, description="of its delta in the aggregate, e.g. how many rows it has")
     tune: TuneSettings | None = Field(
         None, description="keys that differ for this data owner; the others come from the run's tune section"
@@ -43,6 +46,9 @@ class RunSettings(OwnerSettings):
     tenants: tuple[TenantSettings, ...] = Field(min_length=1)
     output: ResultFolder = Field(
         "scaleot-runs/run", description="folder of artefacts, audit log and report", validate_default=True
+    )
+    tenants_at_once: int | None = Field(
+        None, ge=1, description="at most so many data owners tune at the same time; default: as many as fit"
     )
     evaluator: bool = Field(
         False,

@@ -86,7 +86,7 @@ class Tenant:
     Attributes:
         settings: its section.
         token: what its submissions must carry; None where it takes no part.
-        tuning: the round that an actor tunes for now.
+        tuning: the round that an actor tunes for now; ``since``: when it was started.
         measuring: an actor does that now.
         submitted: the latest round that has its delta.
         attempts: how often its tuning was started in the round under way.
@@ -99,6 +99,7 @@ class Tenant:
     settings: TenantSettings
     token: str | None = None
     tuning: int | None = None
+    since: float = 0.0
     measuring: bool = False
     submitted: int = 0
     attempts: int = 0
@@ -223,6 +224,10 @@ class Phases:
 
     def _round_over(self) -> bool:
         """Starts what can start; true when nothing more is to be waited for."""
+        for tenant in self._taking_part():
+            longest, took = tenant.settings.deadline, time.monotonic() - tenant.since
+            if tenant.tuning is not None and longest is not None and took > longest:
+                self._leave_out(tenant, f"{tenant.name} took longer than its deadline of {longest:g} seconds")
         self._start_what_fits()
         assert self._open is not None
         waiting = [tenant for tenant in self._taking_part() if tenant.submitted < self._open.round.number]
@@ -290,10 +295,13 @@ class Phases:
             work.begin()
 
     def _possible(self) -> list[Work]:
+        most = self.settings.tenants_at_once
+        room = most is None or sum(tenant.tuning is not None for tenant in self.tenants) < most
         works = [
             self._work(data_owner(tenant.name), tenant, self.needs.data_owners, self._tune)
             for tenant in self._taking_part()
             if self._open is not None
+            and room
             and tenant.tuning is None
             and tenant.left_out is None
             and tenant.submitted < self._open.round.number
@@ -322,7 +330,7 @@ class Phases:
     def _tune(self, tenant: Tenant, role: str) -> None:
         assert self._open is not None
         number, final = self._open.round.number, self._last
-        tenant.tuning, tenant.attempts = number, tenant.attempts + 1
+        tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, time.monotonic()
         actor = Running(role, None)
         part = self._part(tenant, self.folder.tenant(tenant.name))
         self._call(self.coordinator, self.coordinator.handle.begin_part.remote(number, tenant.name), lambda _: None)
@@ -342,11 +350,11 @@ class Phases:
                 tenant.entry = entry
 
         def failed(error: Exception) -> bool:
-            return self._tuning_failed(tenant, actor, number, error)
+            return self._tuning_failed(tenant, actor, error)
 
         self._call(actor, actor.handle.tune.remote(number, tenant.token), tuned, failed)
 
-    def _tuning_failed(self, tenant: Tenant, actor: Running, number: int, error: Exception) -> bool:
+    def _tuning_failed(self, tenant: Tenant, actor: Running, error: Exception) -> bool:
         """What becomes of a data owner whose tuning failed: it starts again, or is left out of the round."""
         if actor not in self.actors:
             return True  # both answers of a dead actor fail; the first has been seen to
@@ -357,20 +365,18 @@ class Phases:
             self._tell(f"{actor.role} died and starts again ({tenant.attempts + 1} of {attempts})")
             return True
         tenant.left_out = problem
-        self._call(
-            self.coordinator,
-            self.coordinator.handle.leave_out.remote(number, tenant.name, problem.problem),
-            lambda _: None,
-        )
+        self._record_left_out(tenant, problem.problem)
         return True
 
     def _carry_out(self, name: str, request: Request) -> None:
         """Does what an administrator asks of the run that is under way."""
 
         def done(changed: list[int]) -> None:
+            verb = {"pause": "paused", "cancel": "cancelled", "revoke": "revoked"}.get(request.action)
             for tenant in self.tenants:
-                if tenant.name == request.tenant and request.action != "resume":
-                    self._leave_out(tenant, request)
+                if tenant.name == request.tenant and verb is not None:
+                    why = f": {request.reason}" if request.reason else ""
+                    self._leave_out(tenant, f"{tenant.name} was {verb}{why}")
             reply(self.folder, name, changed)
 
         def failed(error: Exception) -> bool:
@@ -379,16 +385,18 @@ class Phases:
 
         self._call(self.coordinator, self.coordinator.handle.carry_out.remote(request), done, failed)
 
-    def _leave_out(self, tenant: Tenant, request: Request) -> None:
-        """Expects nothing more of a data owner in the round under way; the next is begun without it."""
+    def _leave_out(self, tenant: Tenant, why: str) -> None:
+        """Expects nothing more of a data owner in the round under way, and ends its tuning."""
         if self._open is None or tenant.submitted >= self._open.round.number:
             return
-        verb = {"pause": "paused", "cancel": "cancelled", "revoke": "revoked"}[request.action]
-        why = f"{tenant.name} was {verb}" + (f": {request.reason}" if request.reason else "")
-        tenant.left_out = RunFailed(f"{why}.", "`scaleot tenants` shows who takes part.")
+        tenant.left_out = RunFailed(f"{why}.", "`scaleot tenants` shows who takes part, `scaleot status` in what.")
         self._end_tuning(tenant)
-        number = self._open.round.number
-        self._call(self.coordinator, self.coordinator.handle.leave_out.remote(number, tenant.name, why), lambda _: None)
+        self._record_left_out(tenant, why)
+
+    def _record_left_out(self, tenant: Tenant, why: str) -> None:
+        assert self._open is not None
+        leave_out = self.coordinator.handle.leave_out
+        self._call(self.coordinator, leave_out.remote(self._open.round.number, tenant.name, why), lambda _: None)
 
     def _measure(self, tenant: Tenant, role: str) -> None:
         tenant.measuring = True

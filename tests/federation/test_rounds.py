@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,25 @@ def test_two_rounds_build_on_one_another(tmp_path: Path, method: str, how: str) 
     assert not any(progress.stage.startswith("tune") for progress in heard)
 
 
-def test_a_deadline_closes_a_round_without_the_late(tmp_path: Path) -> None:
-    settings = write_tiny_run(tmp_path, evaluator=False, tune=FEW, rounds={"deadline": 25, "quorum": 1})
-    slow = settings.tenants[1].model_copy(update={"tune": settings.tune.model_copy(update={"steps": 1_000_000})})
-    settings = settings.model_copy(update={"tenants": (settings.tenants[0], slow)})
-    report = run_local(settings).as_json()
+def test_deadlines_of_a_round_and_of_one_data_owner(tmp_path: Path) -> None:
+    changes = {"evaluator": False, "rounds": {"deadline": 40, "quorum": 1}, "tenants_at_once": 1}
+    settings = write_tiny_run(tmp_path, tune=FEW, **changes)
+    alice, bob = settings.tenants
+    endless = settings.tune.model_copy(update={"steps": 1_000_000})
+    slow = bob.model_copy(update={"tune": endless, "deadline": 15})
+    slower = bob.model_copy(update={"tune": endless, "name": "carol"})
+    heard: list[Progress] = []
+    tenants = {"tenants": (slow, alice, slower)}
+    report = run_local(settings.model_copy(update=tenants), on_progress=heard.append).as_json()
     (one,) = report["rounds"]
-    assert (one["submitted"], one["missing"]) == (["alice"], {"bob": "submitted nothing in time"})
-    assert report["tenants"][1]["delta_digest"] is None
+    assert (one["submitted"], one["missing"]) == (
+        ["alice"],
+        {"bob": "bob took longer than its deadline of 15 seconds.", "carol": "submitted nothing in time"},
+    )
+    assert [tenant["delta_digest"] is None for tenant in report["tenants"]] == [True, False, True]
+    # One at a time, though there are two processors.
+    tuned = [progress.stage for progress in heard if progress.stage.startswith("tune ")]
+    assert [name for name, _ in itertools.groupby(tuned)] == ["tune bob", "tune alice", "tune carol"]
 
 
 @pytest.mark.parametrize(
