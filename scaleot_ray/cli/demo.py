@@ -86,7 +86,8 @@ def forget(output: Path) -> None:
     if not folder.audit.exists():
         return
     with folder.held():
-        for part in (folder.emulator, folder.model_owner, output / "tenants", output / "evaluator"):
+        parts = (folder.emulator, folder.model_owner, folder.coordinator, output / "tenants", output / "evaluator")
+        for part in parts:
             shutil.rmtree(part, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ ROW_TITLES = {
     "emulator_tuned": "emulator tuned",
     "plug_in": "plug-in",
     "full_tuned": "full tuned",
+    "aggregate": "aggregated plug-in",
 }
 
 
@@ -58,8 +59,9 @@ def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str,
     for name, measure, values in columns:
         title = "loss, nats ↓ (perplexity)" if "perplexity" in values else MEASURES.get(measure, measure)
         table.add_column(f"{name}\n{title}", justify="right")
-        cells.append([*(score_text(values, row) for row in rows), delta_text(values), gain_text(values.get("gain"))])
-    *scores, delta, gain = zip(*cells, strict=True)
+        gains = (gain_text(values.get("gain")), gain_text(values.get("aggregate_gain")))
+        cells.append([*(score_text(values, row) for row in rows), delta_text(values), *gains])
+    *scores, delta, gain, gain_in_common = zip(*cells, strict=True)
     for row, texts in zip(rows, scores, strict=True):
         table.add_row(ROW_TITLES[row], *texts)
     table.add_section()
@@ -67,6 +69,8 @@ def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str,
         table.add_row("Δ to emulator tuned", *delta)
     if any(values.get("full_tuned") is not None for _, _, values in columns):
         table.add_row("G recovered gain", *gain)
+    if any(values.get("aggregate_gain") is not None for _, _, values in columns):
+        table.add_row("G of the aggregate", *gain_in_common)
     console.print(table)
 
 

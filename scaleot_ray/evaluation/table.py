@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scaleot_ray.evaluation.gain import MINIMUM_BLOCKS, Gain, difference, gain_between, unusable
@@ -12,6 +12,9 @@ from scaleot_ray.evaluation.loss import perplexity
 from scaleot_ray.evaluation.score import Blocks, ReportedScore, Score
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
+AGGREGATE = "aggregate"
+"""Row beside the five, where data owners have a plug-in in common: the full model with that one."""
+
 SECONDARY: dict[str, tuple[str, ...]] = {"loss": (), "accuracy": ("normalised", "log_likelihood", "log_probability")}
 """Measures beside each metric, in a section of their own."""
 
@@ -23,7 +26,7 @@ class TenantTable:
     Attributes:
         name: the data owner.
         metric: ``loss`` (nats per token, lower is better) or ``accuracy``.
-        rows: score by row name out of ``ROWS``; a row that was not measured is None or left out.
+        rows: score by row name out of ``ROWS`` and ``AGGREGATE``; a row that was not measured is None or left out.
     """
 
     name: str
@@ -32,7 +35,7 @@ class TenantTable:
 
     def __post_init__(self) -> None:
         for row, score in self.rows.items():
-            if row not in ROWS:
+            if row not in (*ROWS, AGGREGATE):
                 raise ValueError(f"{row!r} is no row of the standard table: {ROWS}")
             if score is not None and score.metric != self.metric:
                 raise ValueError(f"{row} holds {score.metric}, the table {self.metric}")
@@ -55,22 +58,24 @@ class TenantTable:
         return None if score is None else score.blocks(measure)
 
 
-def recovered_gain(table: TenantTable, seed: int = 0, samples: int = 2000, measure: str | None = None) -> Gain:
-    """G of a table; ``measure`` is the table's metric unless another one is named.
+def recovered_gain(
+    table: TenantTable, seed: int = 0, samples: int = 2000, measure: str | None = None, plug_in: str = "plug_in"
+) -> Gain:
+    """G of a table; ``measure`` is the table's metric unless another one is named, ``plug_in`` the row of the plug-in.
 
     Raises:
         DataError: the rows were not measured on the same blocks.
     """
     found: list[Blocks] = []
-    for row in ("full_zero_shot", "plug_in", "full_tuned"):
+    for row in ("full_zero_shot", plug_in, "full_tuned"):
         if table.rows.get(row) is None:
             return unusable(f"{row} was not measured.")
         blocks = table.blocks(row, measure or table.metric)
         if blocks is None:
             return unusable(f"{row} is known as a number only, without its blocks.")
         found.append(blocks)
-    full_zero_shot, plug_in, full_tuned = found
-    return gain_between(full_zero_shot, plug_in, full_tuned, seed, samples)
+    full_zero_shot, plugged, full_tuned = found
+    return gain_between(full_zero_shot, plugged, full_tuned, seed, samples)
 
 
 def table_json(table: TenantTable, seed: int = 0, samples: int = 2000) -> dict[str, Any]:
@@ -79,14 +84,16 @@ def table_json(table: TenantTable, seed: int = 0, samples: int = 2000) -> dict[s
     Keys: ``name``, ``metric``, the five rows (number or null), ``delta`` = plug_in − emulator_tuned,
     ``delta_interval`` ([low, high] or null), ``gain`` {value, low, high, usable, reason}; for accuracy also
     ``normalised``, ``log_likelihood`` and ``log_probability``, each with the same keys from the rows on; for loss
-    also ``perplexity`` with the five rows; ``blocks``: test rows measured.
+    also ``perplexity`` with the five rows; ``blocks``: test rows measured. Where the aggregate was measured, each of
+    these sections has ``aggregate`` and ``aggregate_gain`` too.
     """
     result: dict[str, Any] = {"name": table.name, "metric": table.metric}
     result.update(_section(table, table.metric, seed, samples))
     for measure in SECONDARY[table.metric]:
         result[measure] = _section(table, measure, seed, samples)
     if table.metric == "loss":
-        result["perplexity"] = {row: _perplexity(table.value(row)) for row in ROWS}
+        rows = (*ROWS, AGGREGATE) if table.rows.get(AGGREGATE) is not None else ROWS
+        result["perplexity"] = {row: _perplexity(table.value(row)) for row in rows}
     measured = [blocks for row in ROWS if (blocks := table.blocks(row, table.metric)) is not None]
     result["blocks"] = len(measured[0].counts) if measured else None
     return result
@@ -100,18 +107,16 @@ def _section(table: TenantTable, measure: str, seed: int, samples: int) -> dict[
     if after is not None and before is not None and len(after.counts) >= MINIMUM_BLOCKS:
         spread = difference(after, before, seed, samples)
         interval = [spread.low, spread.high]
-    gain = recovered_gain(table, seed, samples, measure)
+    further = {}
+    if table.rows.get(AGGREGATE) is not None:
+        gain = recovered_gain(table, seed, samples, measure, AGGREGATE)
+        further = {AGGREGATE: table.value(AGGREGATE, measure), "aggregate_gain": asdict(gain)}
     return {
         **values,
         "delta": None if plug_in is None or tuned is None else plug_in - tuned,
         "delta_interval": interval,
-        "gain": {
-            "value": gain.value,
-            "low": gain.low,
-            "high": gain.high,
-            "usable": gain.usable,
-            "reason": gain.reason,
-        },
+        "gain": asdict(recovered_gain(table, seed, samples, measure)),
+        **further,
     }
 
 

@@ -192,6 +192,12 @@ class Coordinator(Role):
         assert found is not None  # the driver asks once it has been told of it
         return to_shared(self._keeper.delta(found.digest, evaluator(tenant)))
 
+    def aggregate(self, tenant: str) -> Shared:
+        """The aggregate for a data owner's evaluator; recorded as a crossing of its own."""
+        found = self._keeper.in_common()
+        assert found is not None  # the driver asks where there is one
+        return to_shared(self._keeper.delta(found.digest, evaluator(tenant)))
+
     def declare_evaluator(self, tenant: str, rows_bytes: int) -> None:
         """Records that the settings give one data owner's evaluator both secrets."""
         content = emulator_content(self._keeper.emulator)

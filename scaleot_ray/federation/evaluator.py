@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from scaleot_ray.config import ModelSettings
+from scaleot_ray.evaluation.table import AGGREGATE
 from scaleot_ray.families.loading import BaseModel, load_base_model
 from scaleot_ray.federation.coordinator import evaluator
 from scaleot_ray.federation.data_owner import Part
@@ -50,8 +51,11 @@ class Evaluator(Role):
         part, tenant = self._part, self._part.tenant
         shared = self.shared_emulator()  # says which layers are tuned
         delta: Shared | None = None
+        aggregate: Shared | None = None
         if WITH_DELTA & set(rows):
             delta = ray.get(self.coordinator.delta.remote(tenant.name))
+        if AGGREGATE in rows:
+            aggregate = ray.get(self.coordinator.aggregate.remote(tenant.name))
         if self._base is None:
             self._base = load_base_model(self._model)
         table = evaluate_rows(
@@ -61,6 +65,7 @@ class Evaluator(Role):
             base=self._base,
             emulator=shared,
             delta=from_shared(delta) if delta is not None else None,
+            aggregate=from_shared(aggregate) if aggregate is not None else None,
             train=tenant.train,
             validation=tenant.validation,
             tune=part.tune,

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.config import RunSettings, TenantSettings
 from scaleot_ray.data.sources import find_sources
 from scaleot_ray.errors import RunFailed, ScaleOTError
-from scaleot_ray.evaluation.table import TenantTable
+from scaleot_ray.evaluation.table import AGGREGATE, TenantTable
 from scaleot_ray.federation.administration import Request, note_registry, pending, reply
 from scaleot_ray.federation.coordinator import (
     COORDINATOR,
@@ -118,10 +118,9 @@ class Tenant:
         """What its rows are measured by."""
         return "accuracy" if self.settings.test.task == "choice" else "loss"
 
-    @property
-    def measured(self) -> bool:
-        """Whether all the evaluator's rows are there."""
-        return self.table is not None and set(ALL_ROWS) <= self.table.rows.keys()
+    def has_rows(self, rows: Sequence[str]) -> bool:
+        """Whether the evaluator has measured these rows."""
+        return self.table is not None and set(rows) <= self.table.rows.keys()
 
 
 class Phases:
@@ -144,6 +143,7 @@ class Phases:
         self.rounds: list[RoundResult] = []
         self._open: Opened | None = None
         self._published = False
+        self._aggregate: PlugIn | None = None
         self._last = False  # the round under way is the last: what data owners submit stays
         self._starts = Starts(session, on_progress)
         self._mark = secrets.token_hex(8)
@@ -187,9 +187,11 @@ class Phases:
         for tenant in self.tenants:
             tenant.entry = tenant.entry or self._ask_coordinator("entry", tenant.name, last)
         self._open = None
+        if self.settings.aggregation is not None:
+            self._aggregate = self._ask_coordinator("in_common")
         self._until(self._measured)
         self._ask_coordinator("finish")
-        return self._report(built, self._ask_coordinator("in_common") if self.settings.aggregation else None)
+        return self._report(built)
 
     def _start_coordinator(self) -> None:
         settings = self.settings
@@ -284,7 +286,12 @@ class Phases:
     def _measured(self) -> bool:
         """Starts what can start; true when every data owner that has a delta is measured."""
         self._start_what_fits()
-        return not self.settings.evaluator or all(tenant.measured or tenant.entry is None for tenant in self.tenants)
+        return not self.settings.evaluator or all(tenant.has_rows(self._rows_of(tenant)) for tenant in self.tenants)
+
+    def _rows_of(self, tenant: Tenant) -> tuple[str, ...]:
+        """What is to be measured of a data owner by now."""
+        rows = ALL_ROWS if tenant.entry is not None else FULL_ROWS
+        return (*rows, AGGREGATE) if self._aggregate is not None else rows
 
     def _start_what_fits(self) -> None:
         memory = self.machine.memory - RAY - self.needs.emulator
@@ -307,11 +314,9 @@ class Phases:
             and tenant.submitted < self._open.round.number
         ]
         if self.settings.evaluator:
-            # Before the delta is there, the rows of the full model can be measured, and only once.
+            # Before the delta is there, the rows of the full model can be measured.
             measuring = [
-                tenant
-                for tenant in self.tenants
-                if not tenant.measuring and not tenant.measured and (tenant.table is None or tenant.entry is not None)
+                tenant for tenant in self.tenants if not tenant.measuring and not tenant.has_rows(self._rows_of(tenant))
             ]
             works += [
                 self._work(evaluator(tenant.name), tenant, self.needs.evaluators, self._measure) for tenant in measuring
@@ -406,15 +411,14 @@ class Phases:
         begun = time.monotonic()
 
         def measure() -> None:
-            rows = ALL_ROWS if tenant.entry is not None else FULL_ROWS
-            self._call(actor, actor.handle.evaluate.remote(rows), measured)
+            self._call(actor, actor.handle.evaluate.remote(self._rows_of(tenant)), measured)
 
         def measured(_: None) -> None:
             self._call(self.coordinator, self.coordinator.handle.table.remote(tenant.name), took)
 
         def took(table: TenantTable) -> None:
             tenant.table = table
-            if tenant.entry is not None and not tenant.measured:
+            if not tenant.has_rows(self._rows_of(tenant)):
                 measure()  # the delta came meanwhile: the model is loaded already
                 return
             self._finish(actor, tenant, "evaluate", begun)
@@ -520,7 +524,7 @@ class Phases:
             error = error.cause
         return actor_failure(error, actor.role, actor.pid, self.session.logs)
 
-    def _report(self, built: BuildResult, aggregate: PlugIn | None) -> RunReport:
+    def _report(self, built: BuildResult) -> RunReport:
         seconds = {**built.seconds, **{stage: last - first for stage, (first, last) in self._spans.items()}}
         return RunReport(
             model=self.settings.model.path,
@@ -529,7 +533,7 @@ class Phases:
             privacy=built.privacy,
             reused_stage_one=built.reused_stage_one,
             rounds=self.rounds,
-            aggregate=aggregate,
+            aggregate=self._aggregate,
             tenants=[_result(tenant) for tenant in self.tenants],
             seconds=seconds,
             peak_rss_bytes=0,

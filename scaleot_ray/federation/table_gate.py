@@ -14,7 +14,7 @@ from typing import Any
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.choice import ChoiceScore
 from scaleot_ray.evaluation.loss import LossScore
-from scaleot_ray.evaluation.table import ROWS, TenantTable
+from scaleot_ray.evaluation.table import AGGREGATE, ROWS, TenantTable
 from scaleot_ray.stages.score import score_from_record, score_record
 
 TABLE_LIMIT = 64 << 20
@@ -48,7 +48,7 @@ def unpack_table(data: bytes, name: str, metric: str) -> TenantTable:
         raise _refused(f"is not the table of {name} by {metric}")
     lengths = set()
     for row, record in values["rows"].items():
-        if row not in ROWS:
+        if row not in (*ROWS, AGGREGATE):
             raise _refused(f"has the row {row!r}, expected some of {', '.join(ROWS)}")
         checks = _MEASURES[metric]
         if not isinstance(record, dict) or record.keys() != checks.keys():

@@ -17,7 +17,7 @@ from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.assemble import assemble, emulator_content
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.evaluation.score import Score
-from scaleot_ray.evaluation.table import ROWS, TenantTable
+from scaleot_ray.evaluation.table import AGGREGATE, ROWS, TenantTable
 from scaleot_ray.families import family_of
 from scaleot_ray.families.loading import BaseModel, load_tokenizer, resolve_device
 from scaleot_ray.plugin import plug
@@ -36,6 +36,7 @@ INPUTS = {
     "emulator_tuned": ("emulator", "delta"),
     "plug_in": ("base", "emulator", "delta"),
     "full_tuned": ("base", "emulator", "train", "tune"),
+    AGGREGATE: ("base", "emulator", "aggregate"),
 }
 """What each row is computed from, besides the test rows."""
 
@@ -48,6 +49,7 @@ def evaluate_rows(
     base: BaseModel | None = None,
     emulator: Artifact | None = None,
     delta: Artifact | None = None,
+    aggregate: Artifact | None = None,
     train: DataSettings | None = None,
     validation: DataSettings | None = None,
     tune: TuneSettings | None = None,
@@ -61,13 +63,14 @@ def evaluate_rows(
     """Measures the given rows on the same test rows; those whose inputs are missing stay out.
 
     Args:
-        rows: names out of ``ROWS``.
+        rows: names out of ``ROWS``, and ``AGGREGATE``.
         name: the data owner, for the table and for progress.
         test: test rows.
         base: the full model; for ``full_zero_shot``, ``plug_in`` and ``full_tuned``.
         emulator: for the emulator's rows, for ``plug_in`` (the delta is checked against it) and for
             ``full_tuned`` (which layers are tuned).
         delta: for ``emulator_tuned`` and ``plug_in``.
+        aggregate: for the row of that name: the delta that all data owners have in common.
         train, tune: for ``full_tuned``: the same layers, steps and batches on the full model.
         validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
         evaluate_examples: at most so many test rows or blocks, and so many validation rows or blocks.
@@ -85,7 +88,7 @@ def evaluate_rows(
         RunFailed: a loss is not finite.
     """
     for row in rows:
-        if row not in ROWS:
+        if row not in INPUTS:
             raise ConfigError(f"rows: {row!r} is no row of the standard table.", f"Take some of {', '.join(ROWS)}.")
     work = _Evaluation(
         name,
@@ -93,6 +96,7 @@ def evaluate_rows(
         base,
         emulator,
         delta,
+        aggregate,
         train,
         validation,
         tune,
@@ -103,7 +107,7 @@ def evaluate_rows(
         folder,
     )
     scores: dict[str, Score | None] = {}
-    for row in ROWS:
+    for row in (*ROWS, AGGREGATE):
         if row in rows and work.possible(row):
             scores[row] = work.measure(row, on_progress)
     metric = "accuracy" if test.task == "choice" else "loss"
@@ -119,6 +123,7 @@ class _Evaluation:
     base: BaseModel | None
     emulator: Artifact | None
     delta: Artifact | None
+    aggregate: Artifact | None
     train: DataSettings | None
     validation: DataSettings | None
     tune: TuneSettings | None
@@ -129,8 +134,9 @@ class _Evaluation:
     folder: Path | None
 
     def __post_init__(self) -> None:
-        if self.emulator is not None and self.delta is not None:
-            check_crossing(self.delta, parent=self.emulator.manifest, start=ANY_START)
+        for delta in (self.delta, self.aggregate):
+            if self.emulator is not None and delta is not None:
+                check_crossing(delta, parent=self.emulator.manifest, start=ANY_START)
         if self.emulator is not None and self.base is not None:
             check_same_model(self.base, self.emulator.manifest)
             check_same_tokenizer(self.base, self.emulator.files, chat=self.test.task == "chat")
@@ -153,6 +159,7 @@ class _Evaluation:
             "emulator_tuned": self._with_delta,
             "plug_in": self._with_delta,
             "full_tuned": self._full_tuned,
+            AGGREGATE: self._with_delta,
         }
         score = methods[row](row, on_progress, key)
         if path is not None:
@@ -163,9 +170,10 @@ class _Evaluation:
         return self._score(self._model(row), row, on_progress)
 
     def _with_delta(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
-        assert self.delta is not None
+        delta = self.aggregate if row == AGGREGATE else self.delta
+        assert delta is not None
         model = self._model(row)
-        with plug(model, family_of(model.config), from_artifact(self.delta)):
+        with plug(model, family_of(model.config), from_artifact(delta)):
             return self._score(model, row, on_progress)
 
     def _full_tuned(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
@@ -229,6 +237,7 @@ class _Evaluation:
                 list(emulator_content(emulator.manifest).plug_in_positions) if row == "full_tuned" else emulator.digest
             ),
             "delta": lambda delta: delta.digest,
+            "aggregate": lambda aggregate: aggregate.digest,
             "train": lambda train: data_digest(train, "train"),
             "tune": lambda tune: tune.decisive(),
         }

@@ -37,6 +37,7 @@ def run_settings(place: Path) -> dict[str, Any]:
             {"name": "alice", "train": data("train.jsonl"), "test": data("test.jsonl")},
             {"name": "bob", "train": choice, "test": choice},
         ],
+        "aggregation": {},
         "evaluator": True,
         "owner_cpus": 1,
         "output": "out",
@@ -56,8 +57,10 @@ def test_a_run_from_a_file(place: Path, tmp_path: Path) -> None:
     assert report["seconds"]["total"] > 0
     assert len(report["emulator"]["replaced_layers"]) == 3
     assert undocumented(report) == set()
+    assert all(tenant["aggregate"] is not None for tenant in report["tenants"])
     levelled = {**report["emulator"], "privacy": privacy_level(tmp_path / "out" / "emulator")}
-    assert JsonPage().gone(report, {**report, "emulator": levelled}) == set()
+    late = [{**report["rounds"][0], "missing": {"bob": "submitted nothing in time"}}]
+    assert JsonPage().gone(report, {**report, "emulator": levelled, "rounds": late}) == set()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert "tune carol: 4/4" in done.err
     assert "tune bob: 4/4" in done.err
@@ -73,6 +76,7 @@ def test_a_run_from_a_file(place: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     forget(tmp_path / "copy")
     assert not (tmp_path / "copy" / "emulator").exists()
+    assert not (tmp_path / "copy" / "coordinator").exists()
     assert (tmp_path / "copy" / "audit.jsonl").exists()
 
 
