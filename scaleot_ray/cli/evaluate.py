@@ -186,12 +186,13 @@ def choose_rows(settings: EvaluateSettings) -> list[str]:
         ConfigError: a row that was asked for lacks an input, the inputs allow no row at all, or one of them
             is of no use without another.
     """
+    from scaleot_ray.evaluation.table import ROWS
     from scaleot_ray.stages.evaluate import INPUTS
 
     options = {"base": "model"}  # the others are called as their options are
     missing: dict[str, list[str]] = {
-        row: [name for item in inputs if getattr(settings, name := options.get(item, item)) is None]
-        for row, inputs in INPUTS.items()
+        row: [name for item in INPUTS[row] if getattr(settings, name := options.get(item, item)) is None]
+        for row in ROWS  # an aggregate is given as a delta like any other
     }
     if settings.rows is None:
         rows = [row for row, names in missing.items() if not names]

@@ -138,6 +138,7 @@ def results(place: Path, warm: Warm) -> dict[str, list[dict[str, Any]]]:
         found.append(warm.scaleot(*arguments, "--format", "json", cwd=place).json)
     by_schema: dict[str, list[dict[str, Any]]] = {}
     for document in found:
+        assert "schema" in document, document
         by_schema.setdefault(document["schema"], []).append(document)
     return by_schema
 

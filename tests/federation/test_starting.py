@@ -14,7 +14,7 @@ import ray
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.federation import starting
-from scaleot_ray.federation.coordinator import COORDINATOR, Coordinator
+from scaleot_ray.federation.coordinator import COORDINATOR
 from scaleot_ray.federation.phases import Phases, Running
 from scaleot_ray.federation.role import Role
 from scaleot_ray.federation.run import run_local
@@ -81,7 +81,7 @@ def test_processors_that_others_take_later_end_the_run_with_who_waits(
 
     def run(phases: Phases) -> None:
         phases.coordinator = Running(COORDINATOR, None)
-        phases._start(phases.coordinator, Coordinator, 1, 0, str(tmp_path / "audit.jsonl"), claim=False)
+        phases._start_coordinator()
         phases._until(lambda: phases.coordinator.pid is not None)
         monkeypatch.setattr(starting, "SAY_SECONDS", 0.5)
         monkeypatch.setattr(starting, "START_SECONDS", 1.5)
