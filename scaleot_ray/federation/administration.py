@@ -127,6 +127,9 @@ def _ask(folder: RunFolder, request: Request, seconds: float) -> list[int]:
     write_record(folder.requests / f"{name}.ask.json", asdict(request))
     path, deadline = folder.requests / f"{name}.answer.json", time.monotonic() + seconds
     while not path.exists():
+        if not folder.is_held():  # it has ended meanwhile
+            (folder.requests / f"{name}.ask.json").unlink(missing_ok=True)
+            return administer(folder, request, max(deadline - time.monotonic(), 1.0))
         if time.monotonic() > deadline:
             (folder.requests / f"{name}.ask.json").unlink(missing_ok=True)
             raise RunFailed(

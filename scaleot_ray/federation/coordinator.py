@@ -75,11 +75,13 @@ class Entry:
     Attributes:
         metrics: the numbers that came with its delta.
         delta_bytes, delta_digest: of the delta artefact.
+        round: it counts in.
     """
 
     metrics: dict[str, float]
     delta_bytes: int
     delta_digest: str
+    round: int
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Coordinator(Role):
     def entry(self, tenant: str, number: int | None = None) -> Entry | None:
         """What the registry has of a data owner, without the delta itself: of a round, or the latest."""
         found = self._keeper.submitted(tenant, number)
-        return Entry(found.metrics, found.bytes, found.digest) if found is not None else None
+        return Entry(found.metrics, found.bytes, found.digest, found.round) if found is not None else None
 
     def carry_out(self, request: Request) -> list[int]:
         """Does what an administrator asks; see :func:`scaleot_ray.federation.administration.carry_out`."""
@@ -186,17 +188,15 @@ class Coordinator(Role):
         """The aggregate of the latest round that has one."""
         return self._keeper.in_common()
 
-    def delta(self, tenant: str) -> Shared:
-        """A data owner's latest delta for its evaluator; recorded as a crossing of its own."""
+    def delta(self, tenant: str) -> Shared | None:
+        """A data owner's latest delta for its evaluator; recorded as a crossing of its own. None once it is revoked."""
         found = self._keeper.submitted(tenant)
-        assert found is not None  # the driver asks once it has been told of it
-        return to_shared(self._keeper.delta(found.digest, evaluator(tenant)))
+        return to_shared(self._keeper.delta(found.digest, evaluator(tenant))) if found is not None else None
 
-    def aggregate(self, tenant: str) -> Shared:
-        """The aggregate for a data owner's evaluator; recorded as a crossing of its own."""
+    def aggregate(self, tenant: str) -> Shared | None:
+        """The aggregate, where there is one, for a data owner's evaluator; recorded as a crossing of its own."""
         found = self._keeper.in_common()
-        assert found is not None  # the driver asks where there is one
-        return to_shared(self._keeper.delta(found.digest, evaluator(tenant)))
+        return to_shared(self._keeper.delta(found.digest, evaluator(tenant))) if found is not None else None
 
     def declare_evaluator(self, tenant: str, rows_bytes: int) -> None:
         """Records that the settings give one data owner's evaluator both secrets."""

@@ -242,10 +242,12 @@ class Phases:
 
     def _stop_late(self) -> None:
         """Ends tuning that nothing waits for; what may be late goes on, unless no round will take it."""
-        if self.settings.rounds.staleness and not self._last:
-            return
+        assert self._open is not None
         for tenant in self.tenants:
-            self._end_tuning(tenant)
+            # The next round takes what is at most so late.
+            useful = (tenant.tuning or 0) + self.settings.rounds.staleness > self._open.round.number
+            if self._last or not useful:
+                self._end_tuning(tenant)
 
     def _end_tuning(self, tenant: Tenant) -> None:
         for actor in [actor for actor in self.actors if actor.role == data_owner(tenant.name)]:
@@ -256,7 +258,7 @@ class Phases:
     def _missing(self, ended: Opened) -> dict[str, str]:
         """Who is not in a round, and why."""
         late = "submitted nothing in time" if _is_over(ended.round) else "ended, since the quorum was out of reach"
-        missing = [tenant for tenant in self._taking_part() if not ended.submitted[tenant.name]]
+        missing = [tenant for tenant in self._taking_part() if not ended.submitted.get(tenant.name)]
         return {tenant.name: tenant.left_out.problem if tenant.left_out else late for tenant in missing}
 
     def _failure(self, ended: Opened) -> ScaleOTError:
@@ -264,11 +266,10 @@ class Phases:
         errors = [tenant.left_out for tenant in self._taking_part() if tenant.left_out is not None]
         if len(errors) == 1 and not _is_over(ended.round):
             return errors[0]
-        missing = self._missing(ended)
-        names = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        names = "; ".join(f"{name}: {reason}" for name, reason in self._missing(ended).items())
         return RunFailed(
-            f"Round {ended.round.number} has {len(ended.submitted) - len(missing)} of the {ended.round.quorum} deltas "
-            f"of its quorum ({names}).",
+            f"Round {ended.round.number} has {sum(ended.submitted.values())} of the {ended.round.quorum} deltas of its "
+            f"quorum ({names}).",
             "Mend what is said of them, lower rounds.quorum or raise rounds.deadline, and run the same command again: "
             "what was submitted counts.",
         )
@@ -346,11 +347,14 @@ class Phases:
             # What counts is what passed the gate, so the coordinator is asked, not the data owner.
             self._call(self.coordinator, self.coordinator.handle.entry.remote(tenant.name), took)
 
-        def took(entry: Entry) -> None:
+        def took(entry: Entry | None) -> None:
+            if actor not in self.actors:
+                return  # left out, or its round closed, while the coordinator was asked
             self._finish(actor, tenant, "tune", begun)
-            assert self._open is not None
-            # A late one counts in the round that is open by now.
-            tenant.tuning, tenant.submitted = None, self._open.round.number
+            tenant.tuning = None
+            if entry is None:
+                return  # revoked meanwhile
+            tenant.submitted = entry.round  # of a late one: the round that it counts in
             if final or self._last:
                 tenant.entry = entry
 
@@ -376,12 +380,19 @@ class Phases:
     def _carry_out(self, name: str, request: Request) -> None:
         """Does what an administrator asks of the run that is under way."""
 
+        def remade(found: PlugIn | None) -> None:
+            self._aggregate = found
+
         def done(changed: list[int]) -> None:
             verb = {"pause": "paused", "cancel": "cancelled", "revoke": "revoked"}.get(request.action)
             for tenant in self.tenants:
                 if tenant.name == request.tenant and verb is not None:
+                    if verb == "revoked":
+                        tenant.submitted, tenant.entry = 0, None
                     why = f": {request.reason}" if request.reason else ""
                     self._leave_out(tenant, f"{tenant.name} was {verb}{why}")
+            if self._aggregate is not None and changed:
+                self._call(self.coordinator, self.coordinator.handle.in_common.remote(), remade)
             reply(self.folder, name, changed)
 
         def failed(error: Exception) -> bool:

@@ -21,7 +21,7 @@ from scaleot_ray.artifacts.delta_gate import ANY_START
 from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings
-from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.federation.registry import (
     AGGREGATE,
     NewPlugIn,
@@ -122,6 +122,7 @@ class RoundKeeper:
         current, past = rounds.current(), rounds.all()
         deadline = time.time() + self.rounds.deadline if self.rounds.deadline is not None else None
         taking = [name for name in names if self.registry.tenants.get(name).state == "admitted"]
+        quorum = self.rounds.quorum if self.rounds.quorum is not None else max(len(taking), 1)
         if self.aggregation is None:
             if current is not None:
                 rounds.fail(current.number, "the run that began it ended before it did")
@@ -129,21 +130,21 @@ class RoundKeeper:
             self.end(current.number)
             return self.begin(names)
         elif past and past[-1].state in ("open", "failed"):
-            return rounds.reopen(past[-1].number, deadline)
-        elif sum(one.state == "finished" for one in past) >= self.rounds.count:
+            return rounds.reopen(past[-1].number, taking, quorum, deadline)
+        elif len({one.round for one in self.registry.plug_ins.of(AGGREGATE)}) >= self.rounds.count:
             return None
         start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
-        return rounds.open(
-            self.emulator.digest(),
-            taking,
-            self.rounds.quorum if self.rounds.quorum is not None else max(len(taking), 1),
-            start.digest if start is not None else None,
-            deadline,
-        )
+        digest = start.digest if start is not None else None
+        return rounds.open(self.emulator.digest(), taking, quorum, digest, deadline)
 
     def taking_part(self, number: int) -> dict[str, bool]:
-        """Who takes part in a round, and whether it has submitted."""
-        return {part.tenant: part.state == "submitted" for part in self.registry.rounds.parts(number)}
+        """Who takes part in a round, and whether it has submitted; of those that are not admitted, who has."""
+        admitted = {one.name for one in self.registry.tenants.all() if one.state == "admitted"}
+        return {
+            part.tenant: part.state == "submitted"
+            for part in self.registry.rounds.parts(number)
+            if part.state == "submitted" or part.tenant in admitted
+        }
 
     def start(self, number: int, recipient: str) -> Artifact | None:
         """The aggregate that a round begins with, on its way to a data owner; None for the emulator as it is."""
@@ -224,6 +225,9 @@ class RoundKeeper:
         """
         self.registry.tenants.set_state(tenant, "revoked", reason)
         withdrawn = f"{tenant} was revoked" + (f": {reason}" if reason else "")
+        for found in self.registry.rounds.all():
+            if found.state != "finished" and self.registry.rounds.find_part(found.number, tenant) is not None:
+                self.registry.rounds.withdraw(found.number, tenant, withdrawn)
         changed = []
         for one in self.registry.plug_ins.all():
             if one.state != "active" or one.name != AGGREGATE:
@@ -240,7 +244,10 @@ class RoundKeeper:
         return changed
 
     def submitted(self, tenant: str, number: int | None = None) -> Submission | None:
-        """What a data owner submitted in a round, or last."""
+        """What a data owner submitted in a round, or last; None of one that was revoked."""
+        known = self.registry.tenants.find(tenant)
+        if known is not None and known.state == "revoked":
+            return None
         found = self.registry.submissions.of_tenant(tenant)
         return next((one for one in reversed(found) if number in (None, one.round)), None)
 
@@ -266,11 +273,13 @@ class RoundKeeper:
         cross(metrics, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self.emulator)
         assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
         place = self._place(delta.digest)
-        if not place.exists():
+        new = not place.exists()
+        if new:
             write_artifact(delta, place)
         norm = contributions([(sent.tenant, place, 1.0)], self._place(began) if began is not None else None)[0].norm()
         if self.rounds.max_norm is not None and norm > self.rounds.max_norm:
-            shutil.rmtree(place)
+            if new:  # else it counts in an earlier round
+                shutil.rmtree(place)
             raise ArtifactRefused(
                 f"the delta's norm is {norm:.4g}, above rounds.max_norm={self.rounds.max_norm:g}.",
                 "Lower tune.learning_rate or tune.steps, or raise rounds.max_norm.",
@@ -341,11 +350,12 @@ class RoundKeeper:
                 late[one.tenant] = self._place(began) if began is not None else None
         states = self._folder / "server"
         before = states / f"{number - 1}.safetensors"
+        carried = settings.server != "none" and base is not None and before.exists()
         made = aggregate(
             [(one.tenant, one.folder, one.weight) for one in counted],
             settings,
             self._place(base) if base is not None else None,
-            ServerState.read(before) if settings.server != "none" and before.exists() else None,
+            ServerState.read(before) if carried else None,
             late,
         )
         if made.state is not None:
@@ -367,11 +377,13 @@ class RoundKeeper:
         """Makes the aggregate of a finished round anew from what counts of it, or withdraws it where nothing does."""
         (made,) = [one for one in self.registry.plug_ins.of(AGGREGATE, number) if one.state == "active"]
         counted = [one for one in self.registry.plug_ins.made_from(made) if one.tenant != without]
-        if not any(one.weight for one in counted):
-            self.registry.plug_ins.revoke(AGGREGATE, number, reason)
-            return
         how = {key: value for key, value in made.settings.items() if key in AggregationSettings.model_fields}
-        new = self._aggregate(number, counted, AggregationSettings(**how), self._base(number))
+        try:
+            new = self._aggregate(number, counted, AggregationSettings(**how), self._base(number))
+        except ConfigError:  # nobody is left, or too few for this way of aggregating
+            self.registry.plug_ins.revoke(AGGREGATE, number, reason)
+            (self._folder / "server" / f"{number}.safetensors").unlink(missing_ok=True)
+            return
         self.registry.plug_ins.replace(number, new, reason)
 
     def _drop_unused(self) -> None:
@@ -379,11 +391,13 @@ class RoundKeeper:
         registry = self.registry
         used = {one.digest for one in registry.plug_ins.all() if one.state == "active"}
         revoked = {one.name for one in registry.tenants.all() if one.state == "revoked"}
-        for one in registry.rounds.all():
+        rounds = registry.rounds.all()
+        for one in rounds:
             kept = [found for found in registry.submissions.of_round(one.number) if found.tenant not in revoked]
-            used |= {found.digest for found in kept} | {one.start for _ in kept if one.start is not None}
-            if one.state in ("open", "closed") and one.start is not None:
-                used.add(one.start)
+            used |= {found.digest for found in kept}
+            used |= {start for found in kept if (start := self._start_of(found.tuned_round)) is not None}
+        # What is under way, may go on, or may still be submitted late began with these.
+        used |= {one.start for one in rounds[-1 - self.rounds.staleness :] if one.start is not None}
         for place in (self._folder / "deltas").glob("*"):
             if place.name not in used and not place.name.startswith("."):
                 shutil.rmtree(place)

@@ -92,6 +92,23 @@ def test_a_run_that_is_under_way_is_asked(ended: RunFolder) -> None:
     assert not list(ended.requests.iterdir())
 
 
+def test_a_run_that_ends_before_it_answers_is_not_waited_for(ended: RunFolder) -> None:
+    release = threading.Event()
+
+    def run() -> None:
+        with ended.held():
+            held.set()
+            release.wait(20)
+
+    held = threading.Event()
+    thread = threading.Thread(target=run)
+    thread.start()
+    held.wait(20)
+    threading.Timer(0.5, release.set).start()
+    assert administer(ended, Request("revoke", "ben", "left"), seconds=20) == [1]
+    thread.join()
+
+
 def test_who_is_cancelled_while_it_tunes_is_not_waited_for(tmp_path: Path, connected_ray: Session) -> None:
     tune = {"steps": 20, "block_size": 32}
     settings = write_tiny_run(tmp_path, evaluator=False, tune=tune, rounds={"quorum": 1}, aggregation={})

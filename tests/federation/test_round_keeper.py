@@ -229,6 +229,76 @@ def test_a_revoked_data_owner_is_taken_out_of_everything(bench: Bench) -> None:
     assert bench.value("ann") == 4.0
 
 
+def test_a_failed_round_goes_on_with_those_who_take_part_now(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(quorum=3), aggregation=AggregationSettings())
+    number = bench.begin()
+    bench.send("ann", number, 1.0)
+    bench.send("ben", number, 3.0)
+    assert bench.keeper.end(number).state == "failed"
+    bench.keeper.set_state("cas", "cancelled", "took too long")
+    bench.new(rounds=RoundSettings(quorum=2))
+    assert bench.keeper.begin(NAMES) is not None
+    assert bench.keeper.taking_part(number) == {"ann": True, "ben": True}
+    bench.keeper.revoke("ben", "left")
+    assert bench.keeper.taking_part(number) == {"ann": True}
+    assert (bench.keeper.submitted("ann") is not None, bench.keeper.submitted("ben")) == (True, None)
+    assert bench.keeper.end(number).state == "failed"
+    bench.new(rounds=RoundSettings())
+    assert bench.keeper.begin(["ann"]) is not None
+    assert bench.keeper.end(number).state == "finished"
+
+
+def test_what_a_failed_round_began_with_outlives_a_revocation(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=2, quorum=2), aggregation=AggregationSettings())
+    first = bench.begin()
+    for name, value in zip(NAMES, (1.0, 3.0, 8.0), strict=True):
+        bench.send(name, first, value)
+    bench.keeper.end(first)
+    second = bench.begin()
+    assert bench.keeper.end(second).state == "failed"
+    bench.keeper.revoke("cas", "left")
+    assert bench.value(AGGREGATE) == 2.0
+    assert bench.begin(["ann", "ben"]) == second
+    start = bench.keeper.start(second, "ann")
+    assert start is not None  # 4, as it was: ann may have begun with it already
+    bench.send("ann", second, 5.0)
+    bench.send("ben", second, 4.0)
+    bench.keeper.end(second)
+    assert bench.value(AGGREGATE) == 2.5
+
+
+def test_too_few_for_a_trimmed_mean_withdraw_the_aggregate(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings(method="trimmed_mean", trim=0.34))
+    number = bench.begin()
+    for name in NAMES:
+        bench.send(name, number, 1.0)
+    bench.keeper.end(number)
+    assert bench.keeper.revoke("cas", "left") == [number]
+    assert bench.keeper.in_common() is None
+    assert bench.value("ann") == 1.0
+
+
+def test_rounds_without_an_aggregate_are_no_rounds_of_one(bench: Bench) -> None:
+    number = bench.begin(["ann"])
+    bench.send("ann", number, 1.0)
+    bench.keeper.end(number)
+    bench.new(aggregation=AggregationSettings())
+    number = bench.begin(["ann"])
+    bench.send("ann", number, 1.0)
+    bench.keeper.end(number)
+    assert bench.value(AGGREGATE) == 1.0
+    assert bench.keeper.begin(["ann"]) is None
+
+
+def test_a_delta_that_counted_before_max_norm_stays(bench: Bench) -> None:
+    bench.send("ann", bench.begin(["ann"]), 1.0)
+    bench.keeper.end(1)
+    bench.new(rounds=RoundSettings(max_norm=0.5))
+    with pytest.raises(ArtifactRefused, match="above rounds"):
+        bench.send("ann", bench.begin(["ann"]), 1.0)
+    assert bench.value("ann") == 1.0
+
+
 def test_without_anyone_left_an_aggregate_is_withdrawn(bench: Bench) -> None:
     bench.new(aggregation=AggregationSettings())
     number = bench.begin(["ann"])

@@ -42,11 +42,7 @@ class Rounds:
             current = self.current()
             if current is not None:
                 raise ConfigError(f"Round {current.number} is still under way.", "Wait for its end.")
-            if not 1 <= quorum <= len(names):
-                raise ConfigError(
-                    f"rounds.quorum: {quorum} submissions are asked for, of {len(names)} data owners.",
-                    f"Set it to between 1 and {len(names)}.",
-                )
+            self._check_quorum(quorum, len(names))
             for name in names:
                 self._tenants.get(name)
             number = len(self.all()) + 1
@@ -60,7 +56,7 @@ class Rounds:
                 deadline,
             )
             for name in names:
-                self._database.execute("INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?)", number, name, now)
+                self._join(number, name)
         return self.get(number)
 
     def get(self, number: int) -> Round:
@@ -83,26 +79,66 @@ class Rounds:
         row = self._database.row("SELECT * FROM rounds WHERE state IN ('open', 'closed')")
         return round_of(row) if row else None
 
-    def reopen(self, number: int, deadline: float | None = None) -> Round:
+    def reopen(self, number: int, tenants: Iterable[str], quorum: int, deadline: float | None = None) -> Round:
         """Takes submissions again in a round that is open, or that failed; those it has still count.
 
         Args:
             number: of the latest round.
+            tenants: who takes part from now on, besides those that have submitted.
+            quorum: submissions without which it fails.
             deadline: seconds since 1970, UTC.
 
         Raises:
-            ConfigError: it is closed or finished, or not the latest.
+            ConfigError: it is closed or finished, or not the latest, or the quorum is more than who takes part.
         """
+        names = set(tenants)
         with self._database.writing():
             current = self.get(number)
             if current.state not in ("open", "failed") or number != len(self.all()):
                 raise ConfigError(f"Round {number} is {current.state}.", "Open the next round.")
+            there = {part.tenant for part in self.parts(number) if part.state == "submitted"}
+            self._check_quorum(quorum, len(names | there))
+            for part in self.parts(number):
+                if part.tenant not in names | there:  # what was withdrawn stays on record
+                    self._database.execute(
+                        "DELETE FROM parts WHERE round = ? AND tenant = ? AND NOT EXISTS "
+                        "(SELECT 1 FROM submissions WHERE round = parts.round AND tenant = parts.tenant)",
+                        number,
+                        part.tenant,
+                    )
+            for name in sorted(names - {part.tenant for part in self.parts(number)}):
+                self._join(number, name)
             self._database.execute(
-                "UPDATE rounds SET state = 'open', reason = NULL, ended = NULL, deadline = ? WHERE number = ?",
+                "UPDATE rounds SET state = 'open', reason = NULL, ended = NULL, quorum = ?, deadline = ? "
+                "WHERE number = ?",
+                quorum,
                 deadline,
                 number,
             )
         return self.get(number)
+
+    def withdraw(self, number: int, tenant: str, reason: str) -> None:
+        """Takes back what a data owner submitted in a round that has no result yet: it does not count any more."""
+        with self._database.writing():
+            if self.get(number).state != "finished":
+                self._database.execute(
+                    "UPDATE parts SET state = 'failed', reason = ?, changed = ? WHERE round = ? AND tenant = ?",
+                    reason,
+                    self._clock(),
+                    number,
+                    tenant,
+                )
+
+    def _join(self, number: int, name: str) -> None:
+        self._database.execute("INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?)", number, name, self._clock())
+
+    @staticmethod
+    def _check_quorum(quorum: int, count: int) -> None:
+        if not 1 <= quorum <= count:
+            raise ConfigError(
+                f"rounds.quorum: {quorum} submissions are asked for, of {count} data owners.",
+                f"Set it to between 1 and {count}.",
+            )
 
     def begin_part(self, number: int, tenant: str) -> int:
         """Records that a data owner's tuning starts; gives how often it has by now."""

@@ -146,17 +146,17 @@ def test_a_failed_round_goes_on(registry: Registry) -> None:
     number = open_round(registry)
     registry.submissions.add(delta_of("ann"))
     assert registry.rounds.close(number).state == "failed"
-    found = registry.rounds.reopen(number, deadline=2000.0)
+    found = registry.rounds.reopen(number, ALL, 2, deadline=2000.0)
     assert (found.state, found.reason, found.deadline, found.ended) == ("open", None, 2000.0, None)
     registry.submissions.add(delta_of("ben"))
     assert registry.rounds.close(number).state == "closed"
     with pytest.raises(ConfigError, match="Round 1 is closed"):
-        registry.rounds.reopen(number)
+        registry.rounds.reopen(number, ALL, 2)
     registry.plug_ins.finish_round(number, [])
     registry.rounds.fail(open_round(registry), "stopped")
     open_round(registry)
     with pytest.raises(ConfigError, match="Round 2 is failed"):
-        registry.rounds.reopen(2)
+        registry.rounds.reopen(2, ALL, 2)
 
 
 def test_a_late_one_counts_in_the_next_round_if_it_may(registry: Registry) -> None:
