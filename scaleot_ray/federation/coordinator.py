@@ -91,10 +91,12 @@ class Opened:
     Attributes:
         round: its row in the registry.
         submitted: who takes part, and whether its delta is there already.
+        last: no round of this run follows.
     """
 
     round: Round
     submitted: dict[str, bool]
+    last: bool
 
 
 @ray.remote(max_restarts=100, max_task_retries=-1, concurrency_groups={"progress": 1})
@@ -144,7 +146,7 @@ class Coordinator(Role):
     def begin_round(self, tenants: list[str]) -> Opened | None:
         """The round to work on; None after the last. See :meth:`RoundKeeper.begin`."""
         found = self._keeper.begin(tenants)
-        return Opened(found, self._keeper.taking_part(found.number)) if found is not None else None
+        return self._described(found) if found is not None else None
 
     def begin_part(self, number: int, tenant: str) -> int:
         """Records that a data owner's tuning starts."""
@@ -156,7 +158,7 @@ class Coordinator(Role):
 
     def end_round(self, number: int) -> Opened:
         """Closes a round and makes its plug-ins. See :meth:`RoundKeeper.end`."""
-        return Opened(self._keeper.end(number), self._keeper.taking_part(number))
+        return self._described(self._keeper.end(number))
 
     def start(self, number: int, tenant: str) -> Shared | None:
         """The delta that a round begins with, for a data owner; recorded as a crossing of its own."""
@@ -256,6 +258,9 @@ class Coordinator(Role):
             self._open(read_manifest(self._folder.emulator))
         assert self._opened is not None
         return self._opened
+
+    def _described(self, found: Round) -> Opened:
+        return Opened(found, self._keeper.taking_part(found.number), self._keeper.is_last(found.number))
 
     def _open(self, emulator: Any) -> None:
         charge = self._charge

@@ -212,7 +212,7 @@ class Phases:
     def _round(self, opened: Opened) -> None:
         """One round, from its opening to its plug-ins."""
         begun, number = time.monotonic(), opened.round.number
-        self._open, self._last = opened, self.settings.aggregation is None or number >= self.settings.rounds.count
+        self._open, self._last = opened, opened.last
         for tenant in self.tenants:
             tenant.attempts, tenant.left_out = 0, None
             if opened.submitted.get(tenant.name):

@@ -131,11 +131,15 @@ class RoundKeeper:
             return self.begin(names)
         elif past and past[-1].state in ("open", "failed"):
             return rounds.reopen(past[-1].number, taking, quorum, deadline)
-        elif len({one.round for one in self.registry.plug_ins.of(AGGREGATE)}) >= self.rounds.count:
+        elif len(self._aggregated()) >= self.rounds.count:
             return None
         start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
         digest = start.digest if start is not None else None
         return rounds.open(self.emulator.digest(), taking, quorum, digest, deadline)
+
+    def is_last(self, number: int) -> bool:
+        """Whether no round follows this one in the run; without an aggregate, none ever does."""
+        return self.aggregation is None or len(self._aggregated() | {number}) >= self.rounds.count
 
     def taking_part(self, number: int) -> dict[str, bool]:
         """Who takes part in a round, and whether it has submitted; of those that are not admitted, who has."""
@@ -367,6 +371,10 @@ class RoundKeeper:
             write_artifact(artifact, place)
         how = {**settings.model_dump(mode="json"), "clipped": made.clipped, "lost": made.lost}
         return NewPlugIn(AGGREGATE, artifact.digest, place, how, counted)
+
+    def _aggregated(self) -> set[int]:
+        """Rounds that have an aggregate; those of runs without aggregation are not among rounds.count."""
+        return {one.round for one in self.registry.plug_ins.of(AGGREGATE)}
 
     def _base(self, number: int) -> str | None:
         """Digest of the aggregate in force of the latest round before this one that has one."""

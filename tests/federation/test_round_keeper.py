@@ -282,10 +282,13 @@ def test_rounds_without_an_aggregate_are_no_rounds_of_one(bench: Bench) -> None:
     number = bench.begin(["ann"])
     bench.send("ann", number, 1.0)
     bench.keeper.end(number)
-    bench.new(aggregation=AggregationSettings())
-    number = bench.begin(["ann"])
-    bench.send("ann", number, 1.0)
-    bench.keeper.end(number)
+    assert bench.keeper.is_last(number)
+    bench.new(rounds=RoundSettings(count=2), aggregation=AggregationSettings())
+    for turn, last in enumerate((False, True), start=2):
+        number = bench.begin(["ann"])
+        assert (number, bench.keeper.is_last(number)) == (turn, last)
+        bench.send("ann", number, 1.0)
+        bench.keeper.end(number)
     assert bench.value(AGGREGATE) == 1.0
     assert bench.keeper.begin(["ann"]) is None
 
