@@ -7,14 +7,17 @@ from pathlib import Path
 
 from scaleot_ray.config import DataSettings, RunSettings
 from scaleot_ray.families.size import model_size
+from scaleot_ray.federation.actors import Actors
 from scaleot_ray.federation.data_check import check_data, check_rows
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.machine import this_machine
-from scaleot_ray.federation.needs import run_needs
+from scaleot_ray.federation.needs import RAY, run_needs
 from scaleot_ray.federation.phases import Phases
 from scaleot_ray.federation.preflight import check_aggregation, preflight
 from scaleot_ray.federation.processes import PeakMemory
 from scaleot_ray.federation.report import RunReport
+from scaleot_ray.federation.run_state import RunState, Tenant
+from scaleot_ray.federation.schedule import Schedule
 from scaleot_ray.federation.session import local_ray, ray_is_given
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress
@@ -64,8 +67,10 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
                 machine = session.machine()
                 preflight(settings, needs, machine)
             started = time.monotonic() - start
-            with Phases(settings, session, machine, needs, folder, memory, on_progress) as phases:
-                report = phases.run()
+            with Actors(session, memory, on_progress) as actors:
+                schedule = Schedule(machine.cpus, machine.gpus, machine.memory - RAY - needs.emulator)
+                tenants = [Tenant(tenant) for tenant in settings.tenants]
+                report = Phases(RunState(settings, folder, needs, actors, schedule, tenants)).run()
     report.seconds = {"total": time.monotonic() - start, "start": started, **report.seconds}
     report.peak_rss_bytes = memory.bytes
     report.write()

@@ -45,3 +45,26 @@ def next_work(waiting: Sequence[Work], running: Sequence[Work], cpus: float, gpu
         if fits and (not running or work.memory + sum(item.memory for item in running) <= memory):
             return work
     return None
+
+
+class Schedule:
+    """What runs now, and what there is for all together.
+
+    Args:
+        cpus, gpus: as for :func:`next_work`.
+        memory: the same, in bytes.
+    """
+
+    def __init__(self, cpus: float, gpus: float, memory: int) -> None:
+        self._cpus, self._gpus, self._memory = cpus, gpus, memory
+        self._running: list[Work] = []
+
+    def start(self, possible: Callable[[], Sequence[Work]]) -> None:
+        """Starts what fits; ``possible`` is asked anew after each, since one that has begun may rule out others."""
+        while (work := next_work(possible(), self._running, self._cpus, self._gpus, self._memory)) is not None:
+            self._running.append(work)
+            work.begin()
+
+    def over(self, role: str) -> None:
+        """The work of this role has ended, if there was any: what it claimed is free again."""
+        self._running = [work for work in self._running if work.role != role]

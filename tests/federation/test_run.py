@@ -20,9 +20,8 @@ from scaleot_ray.cli.tables import show_standard_table
 from scaleot_ray.config import DataSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.evaluation.table import ROWS
-from scaleot_ray.federation.coordinator import COORDINATOR
 from scaleot_ray.federation.data_check import LOOKED_AT
-from scaleot_ray.federation.phases import Phases, Running
+from scaleot_ray.federation.phases import Phases
 from scaleot_ray.federation.processes import marked
 from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.role import ACTORS
@@ -197,13 +196,12 @@ def test_an_owners_error_ends_the_run_with_its_name(tmp_path: Path) -> None:
 
 def test_an_actor_that_is_still_starting_goes_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(phases: Phases) -> None:
-        actor = Running(COORDINATOR, None)
-        phases.coordinator = actor
+        actors = phases.state.actors
         phases._start_coordinator()
-        while not marked(ACTORS, phases._mark):
+        while not marked(ACTORS, actors.mark):
             time.sleep(0.01)
-        marks.append(phases._mark)
-        assert actor.pid is None
+        marks.append(actors.mark)
+        assert actors.coordinator.pid is None
         raise RunFailed("Something else failed.", "None.")
 
     marks = list[str]()

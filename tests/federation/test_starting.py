@@ -14,8 +14,7 @@ import ray
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.federation import starting
-from scaleot_ray.federation.coordinator import COORDINATOR
-from scaleot_ray.federation.phases import Phases, Running
+from scaleot_ray.federation.phases import Phases
 from scaleot_ray.federation.role import Role
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.federation.session import Session
@@ -80,14 +79,14 @@ def test_processors_that_others_take_later_end_the_run_with_who_waits(
     heard = list[str]()
 
     def run(phases: Phases) -> None:
-        phases.coordinator = Running(COORDINATOR, None)
+        actors = phases.state.actors
         phases._start_coordinator()
-        phases._until(lambda: phases.coordinator.pid is not None)
+        actors.until(lambda: actors.coordinator.pid is not None)
         monkeypatch.setattr(starting, "SAY_SECONDS", 0.5)
         monkeypatch.setattr(starting, "START_SECONDS", 1.5)
         with held(connected_ray, 1):
-            phases._start(Running("data owner alice", None), ray.remote(Role), 2, 0)
-            phases._until(lambda: False)
+            actors.start("data owner alice", ray.remote(Role), 2, 0)
+            actors.until(lambda: False)
 
     monkeypatch.setattr(Phases, "run", run)
     waits = "waits for 2 processors (1 of 2 are free)"

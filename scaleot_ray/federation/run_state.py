@@ -1,0 +1,110 @@
+"""How far a run is, as its driver knows: each data owner, what is being worked on, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scaleot_ray.config import RunSettings, TenantSettings
+from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.evaluation.table import TenantTable
+from scaleot_ray.federation.actors import Actors, Running
+from scaleot_ray.federation.coordinator import Entry
+from scaleot_ray.federation.data_owner import Part
+from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.needs import Memory, Needs
+from scaleot_ray.federation.schedule import Schedule, Work
+
+
+@dataclass(eq=False)
+class Tenant:
+    """How far a data owner is.
+
+    Attributes:
+        settings: its section.
+        token: what its submissions must carry; None where it takes no part.
+        tuning: the round that an actor tunes for now; ``since``: when it was started.
+        measuring: an actor does that now.
+        submitted: the latest round that has its delta.
+        attempts: how often its tuning was started in the round under way.
+        left_out: why nothing more is expected of it in the round under way.
+        entry: what the coordinator has of it, once that will not change any more.
+        table: the evaluator's rows so far.
+        seconds: ``tune`` and ``evaluate``.
+    """
+
+    settings: TenantSettings
+    token: str | None = None
+    tuning: int | None = None
+    since: float = 0.0
+    measuring: bool = False
+    submitted: int = 0
+    attempts: int = 0
+    left_out: ScaleOTError | None = None
+    entry: Entry | None = None
+    table: TenantTable | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The data owner's name."""
+        return self.settings.name
+
+    @property
+    def metric(self) -> str:
+        """What its rows are measured by."""
+        return "accuracy" if self.settings.test.task == "choice" else "loss"
+
+    def has_rows(self, rows: Sequence[str]) -> bool:
+        """Whether the evaluator has measured these rows."""
+        return self.table is not None and set(rows) <= self.table.rows.keys()
+
+
+@dataclass(eq=False)
+class RunState:
+    """What the phases of a run share.
+
+    Attributes:
+        settings: the run's.
+        folder: the run's.
+        needs: memory of every part.
+        actors: those that live.
+        schedule: what runs now, and what there is for it.
+        tenants: the data owners.
+        spans: by stage, when the first of its kind began and the last ended.
+    """
+
+    settings: RunSettings
+    folder: RunFolder
+    needs: Needs
+    actors: Actors
+    schedule: Schedule
+    tenants: list[Tenant]
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def part(self, tenant: Tenant, output: Path) -> Part:
+        """A data owner's part of the run, for an actor that works in ``output``."""
+        tune = self.settings.tune_of(tenant.settings)
+        return Part(tenant.settings, tune, self.settings.evaluate_examples, str(output))
+
+    @staticmethod
+    def work(role: str, tenant: Tenant, memory: dict[str, Memory], begin: Callable[[Tenant, str], None]) -> Work:
+        """Something to do for a data owner, as the schedule takes it."""
+        settings = tenant.settings
+        return Work(role, settings.cpus, settings.gpus, memory[tenant.name].total, lambda: begin(tenant, role))
+
+    def finish(self, actor: Running, tenant: Tenant, stage: str, begun: float) -> None:
+        """Ends an actor that has done its work, and notes how long that took."""
+        self.actors.stop(actor)
+        self.schedule.over(actor.role)
+        now = time.monotonic()
+        tenant.seconds[stage] = tenant.seconds.get(stage, 0.0) + now - begun
+        first, _ = self.spans.get(stage, (begun, now))
+        self.spans[stage] = (min(first, begun), now)
+
+    def end_work(self, role: str) -> None:
+        """Ends whoever has this role in the midst of its work, if anyone."""
+        self.actors.stop_role(role)
+        self.schedule.over(role)

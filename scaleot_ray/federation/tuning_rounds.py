@@ -1,0 +1,187 @@
+"""The driver's side of the rounds: who tunes, who starts again, who is left out, and when a round is over.
+
+What counts is what the coordinator's registry has; here is only who is being waited for. A data owner whose
+process dies starts again, and is left out where the quorum holds without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from scaleot_ray.errors import RunFailed, ScaleOTError
+from scaleot_ray.federation.actors import Running
+from scaleot_ray.federation.coordinator import Entry, Opened, data_owner
+from scaleot_ray.federation.data_owner import DataOwner
+from scaleot_ray.federation.failure import has_died
+from scaleot_ray.federation.registry import Round
+from scaleot_ray.federation.report import RoundResult
+from scaleot_ray.federation.run_state import RunState, Tenant
+from scaleot_ray.federation.schedule import Work
+
+
+class TuningRounds:
+    """Leads the data owners of a run through its rounds.
+
+    Args:
+        state: the run's.
+        start_what_fits: starts what can start now, of these rounds and whatever else there is to do.
+    """
+
+    def __init__(self, state: RunState, start_what_fits: Callable[[], None]) -> None:
+        self.finished: list[RoundResult] = []
+        self._state, self._start_what_fits = state, start_what_fits
+        self._open: Opened | None = None
+        self._last = False  # the round under way is the last: what data owners submit stays
+
+    def run(self) -> None:
+        """Every round that the registry does not have yet; then each data owner's entry is final."""
+        actors, tenants = self._state.actors, self._state.tenants
+        names = [tenant.name for tenant in tenants]
+        while not self._last and (opened := actors.ask_coordinator("begin_round", names)) is not None:
+            self._round(opened)
+        last = self.finished[-1].number if self.finished else None  # without one, all were finished before
+        for tenant in tenants:
+            tenant.entry = tenant.entry or actors.ask_coordinator("entry", tenant.name, last)
+        self._open = None
+
+    def possible(self) -> list[Work]:
+        """The tuning that could start, in the order of the settings."""
+        state = self._state
+        most = state.settings.tenants_at_once
+        if self._open is None or (
+            most is not None and sum(tenant.tuning is not None for tenant in state.tenants) >= most
+        ):
+            return []
+        return [
+            state.work(data_owner(tenant.name), tenant, state.needs.data_owners, self._tune)
+            for tenant in self._taking_part()
+            if tenant.tuning is None and tenant.left_out is None and tenant.submitted < self._open.round.number
+        ]
+
+    def leave_out(self, tenant: Tenant, why: str) -> None:
+        """Expects nothing more of a data owner in the round under way, and ends its tuning."""
+        if self._open is None or tenant.submitted >= self._open.round.number:
+            return
+        problem = RunFailed(f"{why}.", "`scaleot tenants` shows who takes part, `scaleot status` in what.")
+        self._left_out(tenant, problem, why)
+
+    def _round(self, opened: Opened) -> None:
+        """One round, from its opening to its plug-ins."""
+        begun, number, state = time.monotonic(), opened.round.number, self._state
+        self._open, self._last = opened, opened.last
+        for tenant in state.tenants:
+            tenant.attempts, tenant.left_out = 0, None
+            if opened.submitted.get(tenant.name):
+                tenant.submitted = number
+        state.actors.until(self._is_over)
+        self._stop_late()
+        ended: Opened = state.actors.ask_coordinator("end_round", number)
+        self.finished.append(RoundResult.of(ended, time.monotonic() - begun, self._missing(ended)))
+        if ended.round.state == "failed":
+            raise self._failure(ended)
+
+    def _is_over(self) -> bool:
+        """Starts what can start; true when nothing more is to be waited for."""
+        assert self._open is not None
+        for tenant in self._taking_part():
+            longest, took = tenant.settings.deadline, time.monotonic() - tenant.since
+            if tenant.tuning is not None and longest is not None and took > longest:
+                self.leave_out(tenant, f"{tenant.name} took longer than its deadline of {longest:g} seconds")
+        self._start_what_fits()
+        waiting = [tenant for tenant in self._taking_part() if tenant.submitted < self._open.round.number]
+        hopeful = [tenant for tenant in waiting if tenant.left_out is None]
+        there = len(self._taking_part()) - len(waiting)
+        return not hopeful or _deadline_passed(self._open.round) or there + len(hopeful) < self._open.round.quorum
+
+    def _taking_part(self) -> list[Tenant]:
+        assert self._open is not None
+        return [tenant for tenant in self._state.tenants if tenant.name in self._open.submitted]
+
+    def _stop_late(self) -> None:
+        """Ends tuning that nothing waits for; what may be late goes on, unless no round will take it."""
+        assert self._open is not None
+        for tenant in self._state.tenants:
+            # The next round takes what is at most so late.
+            useful = (tenant.tuning or 0) + self._state.settings.rounds.staleness > self._open.round.number
+            if self._last or not useful:
+                self._end_tuning(tenant)
+
+    def _tune(self, tenant: Tenant, role: str) -> None:
+        assert self._open is not None
+        state, actors, number, final = self._state, self._state.actors, self._open.round.number, self._last
+        tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, time.monotonic()
+        actors.call_coordinator("begin_part", number, tenant.name)
+        part = state.part(tenant, state.folder.tenant(tenant.name))
+        cpus, gpus = tenant.settings.cpus, tenant.settings.gpus
+        actor = actors.start(role, DataOwner, cpus, gpus, part, failed=lambda error: failed(error))
+        begun = time.monotonic()
+
+        def tuned(_: None) -> None:
+            # What counts is what passed the gate, so the coordinator is asked, not the data owner.
+            actors.call_coordinator("entry", tenant.name, then=took)
+
+        def took(entry: Entry | None) -> None:
+            if actor not in actors.living:
+                return  # left out, or its round closed, while the coordinator was asked
+            state.finish(actor, tenant, "tune", begun)
+            tenant.tuning = None
+            if entry is None:
+                return  # revoked meanwhile
+            tenant.submitted = entry.round  # of a late one: the round that it counts in
+            if final or self._last:
+                tenant.entry = entry
+
+        def failed(error: Exception) -> bool:
+            return self._tuning_failed(tenant, actor, error)
+
+        actors.call(actor, actor.handle.tune.remote(number, tenant.token), tuned, failed)
+
+    def _tuning_failed(self, tenant: Tenant, actor: Running, error: Exception) -> bool:
+        """What becomes of a data owner whose tuning failed: it starts again, or is left out of the round."""
+        actors = self._state.actors
+        if actor not in actors.living:
+            return True  # both answers of a dead actor fail; the first has been seen to
+        problem = actors.failure(actor, error)
+        attempts = self._state.settings.rounds.attempts
+        if has_died(error) and tenant.attempts < attempts:
+            self._end_tuning(tenant)
+            actors.tell(f"{actor.role} died and starts again ({tenant.attempts + 1} of {attempts})")
+            return True
+        self._left_out(tenant, problem, problem.problem)
+        return True
+
+    def _left_out(self, tenant: Tenant, problem: ScaleOTError, why: str) -> None:
+        assert self._open is not None
+        self._end_tuning(tenant)
+        tenant.left_out = problem
+        self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, why)
+
+    def _end_tuning(self, tenant: Tenant) -> None:
+        self._state.end_work(data_owner(tenant.name))
+        tenant.tuning = None
+
+    def _missing(self, ended: Opened) -> dict[str, str]:
+        """Who is not in a round, and why."""
+        late = (
+            "submitted nothing in time" if _deadline_passed(ended.round) else "ended, since the quorum was out of reach"
+        )
+        missing = [tenant for tenant in self._taking_part() if not ended.submitted.get(tenant.name)]
+        return {tenant.name: tenant.left_out.problem if tenant.left_out else late for tenant in missing}
+
+    def _failure(self, ended: Opened) -> ScaleOTError:
+        """Why a round stays below its quorum: the one data owner's own error, or all of them."""
+        errors = [tenant.left_out for tenant in self._taking_part() if tenant.left_out is not None]
+        if len(errors) == 1 and not _deadline_passed(ended.round):
+            return errors[0]
+        names = "; ".join(f"{name}: {reason}" for name, reason in self._missing(ended).items())
+        return RunFailed(
+            f"Round {ended.round.number} has {sum(ended.submitted.values())} of the {ended.round.quorum} deltas of its "
+            f"quorum ({names}).",
+            "Mend what is said of them, lower rounds.quorum or raise rounds.deadline, and run the same command again: "
+            "what was submitted counts.",
+        )
+
+
+def _deadline_passed(one: Round) -> bool:
+    return one.deadline is not None and time.time() > one.deadline
