@@ -31,6 +31,7 @@ SECTIONS: dict[str, list[tuple[str, type[Settings]]]] = {
         ("`tune`", config.TuneSettings),
         ("`rounds`", config.RoundSettings),
         ("`aggregation`", config.AggregationSettings),
+        ("`placement`", config.PlacementSettings),
     ],
     "Single commands": [
         ("`scaleot build`, `jobs/build_emulator.py`", commands.BuildSettings),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from scaleot_ray.config.aggregation import AggregationSettings
 from scaleot_ray.config.inputs import DataSettings
 from scaleot_ray.config.owner import OwnerSettings
+from scaleot_ray.config.placement import Labels, PlacementSettings
 from scaleot_ray.config.rounds import RoundSettings
 from scaleot_ray.config.settings import Number, Settings
 from scaleot_ray.config.tune import TuneSettings
@@ -26,6 +29,12 @@ class TenantSettings(Settings):
     gpus: Number = Field(
         0.0, ge=0, le=1, description="one GPU (1) or a share of it, for the same; an actor computes on one GPU at most"
     )
+    memory_gb: Number | None = Field(
+        None, gt=0, description="memory that its part claims, in 10^9 bytes; default: estimated from model and batch"
+    )
+    node_labels: Labels = Field(
+        {}, description="on a cluster: labels (ray start --labels key=value) of the nodes that have its data"
+    )
     deadline: Number | None = Field(
         None, gt=0, description="seconds that its tuning may take in a round; the round then goes on without it"
     )
@@ -36,8 +45,16 @@ class TenantSettings(Settings):
 
 
 class RunSettings(OwnerSettings):
-    """A whole run in the environment ``local``: one owner, its emulator, several data owners."""
+    """A whole run: one owner, its emulator, several data owners."""
 
+    environment: Literal["local", "cluster"] = Field(
+        "local",
+        description="local: all on this machine; cluster: on any node of the Ray that RAY_ADDRESS names, or that the "
+        "job was submitted to",
+    )
+    placement: PlacementSettings = Field(
+        PlacementSettings(), description="where parts go on a cluster, and how long they wait for room"
+    )
     tune: TuneSettings = TuneSettings()
     rounds: RoundSettings = Field(RoundSettings(), description="how often data owners tune, and who is waited for")
     aggregation: AggregationSettings | None = Field(
@@ -77,6 +94,17 @@ class RunSettings(OwnerSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tenants: the name {twice[0]!r} is used twice; give each data owner its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _placement_has_nodes(self) -> RunSettings:
+        labelled = [f"tenants.{index}.node_labels" for index, tenant in enumerate(self.tenants) if tenant.node_labels]
+        asked = [*labelled, *(["placement"] if self.placement != PlacementSettings() else [])]
+        if asked and self.environment == "local":
+            raise ValueError(
+                f"{asked[0]} is about a cluster's nodes, but the environment is local; set environment to cluster, or "
+                f"leave {asked[0]} out"
+            )
         return self
 
     @model_validator(mode="after")

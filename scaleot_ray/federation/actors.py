@@ -39,12 +39,14 @@ class Running:
     Attributes:
         role: who it is.
         handle: Ray's handle.
-        pid: its process, once it has started.
+        pid: its process, once it has started, where that is on our node.
+        started: it has answered.
     """
 
     role: str
     handle: Any
     pid: int | None = None
+    started: bool = False
 
 
 Then = Callable[[Any], None]
@@ -64,8 +66,9 @@ class Actors:
 
     Args:
         session: the Ray they start on.
-        memory: counts theirs.
+        memory: counts theirs, on this node.
         on_progress: hears what they report.
+        place: where the actor of a role goes, as Ray's scheduling strategy; default: on our node.
 
     Attributes:
         living: those that were started and not stopped.
@@ -74,8 +77,15 @@ class Actors:
         between: called each time the driver has looked after them.
     """
 
-    def __init__(self, session: Session, memory: PeakMemory, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        memory: PeakMemory,
+        on_progress: OnProgress | None,
+        place: Callable[[str], Any] | None = None,
+    ) -> None:
         self.session, self.on_progress = session, on_progress
+        self._place = place or (lambda _: session.on_this_node())
         self.living: list[Running] = []
         self.coordinator = Running(COORDINATOR, None)
         self.mark = secrets.token_hex(8)
@@ -103,6 +113,8 @@ class Actors:
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, _NAMESPACE), no_restart=True)
         detached: dict[str, Any] = {"name": name, "namespace": _NAMESPACE, "lifetime": "detached"}
+        # The registry and the artefacts in the run's folder are on this node.
+        detached["scheduling_strategy"] = self.session.on_this_node()
         self._start(self.coordinator, Coordinator, 1, 0, (charge,), _fatal, claim=False, **detached)
 
     def start(self, role: str, kind: Any, cpus: int, gpus: float, *arguments: Any, failed: Failed = _fatal) -> Running:
@@ -117,7 +129,8 @@ class Actors:
             failed: as in :meth:`call`; hears of it if the actor does not come to life.
         """
         actor = Running(role, None)
-        self._start(actor, kind, cpus, gpus, (cpus, self.coordinator.handle, *arguments), failed)
+        arguments = (cpus, self.coordinator.handle, *arguments)
+        self._start(actor, kind, cpus, gpus, arguments, failed, scheduling_strategy=self._place(role))
         return actor
 
     def _start(
@@ -131,14 +144,16 @@ class Actors:
         claim: bool = True,
         **options: Any,
     ) -> None:
-        actor.handle = start(kind, self.session, cpus, gpus, *arguments, mark=self.mark, claim=claim, **options)
+        actor.handle = start(kind, cpus, gpus, *arguments, mark=self.mark, claim=claim, **options)
         self.living.append(actor)
         self._starts.asked(actor.role, actor.handle, cpus if claim else 0, gpus)
 
         def present(answer: Present) -> None:
             self._starts.over(actor.role)
-            actor.pid = answer.pid
-            self._memory.others.add(answer.pid)
+            actor.started = True
+            if answer.node == self.session.node:  # elsewhere the number is of another process
+                actor.pid = answer.pid
+                self._memory.others.add(answer.pid)
 
         self.call(actor, actor.handle.present.remote(), present, failed)
 
@@ -194,7 +209,7 @@ class Actors:
             for answer in ready:
                 self._see_to(answer)
             self._starts.look()
-            if self.coordinator.pid is not None:  # else it is still starting
+            if self.coordinator.started:
                 self.between()
                 self._pass_on_reports()
 

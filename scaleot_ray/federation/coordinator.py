@@ -26,7 +26,7 @@ import ray
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog, data_owner, evaluator
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.storage import read_artifact, read_manifest
+from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
@@ -116,6 +116,23 @@ class Coordinator(Role):
         self._reports: dict[str, Progress] = {}
         self._heard = time.monotonic()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
+
+    def has_emulator(self, digest: str) -> bool:
+        """Whether the run's folder has this emulator; not where the model owner built it on another node's disk."""
+        try:
+            return read_manifest(self._folder.emulator).digest() == digest
+        except ArtifactRefused:
+            return False
+
+    def take_emulator(self, emulator: Shared) -> None:
+        """Writes the emulator of a model owner on another node to the run's folder.
+
+        Raises:
+            ArtifactRefused: it was damaged on its way.
+        """
+        artifact = from_shared(emulator)
+        artifact.verify()
+        write_artifact(artifact, self._folder.emulator, overwrite=True)
 
     def publish(self, recipients: list[str]) -> None:
         """Lets the emulator of the run's folder go to the given parties, and opens the registry of its rounds.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from scaleot_ray.config import DataSettings, RunSettings
+from transformers import PreTrainedTokenizerBase
+
+from scaleot_ray.config import ModelSettings, OwnerSettings, RunSettings, TenantSettings, TuneSettings
 from scaleot_ray.data import HoldOut, token_examples
 from scaleot_ray.data.dataset_key import check_sources, dataset_key
+from scaleot_ray.data.sources import find_sources
 from scaleot_ray.families.tokenizer import read_tokenizer
 from scaleot_ray.stages.limits import check_context
 from scaleot_ray.stages.score import TestRows
@@ -16,41 +20,65 @@ LOOKED_AT = 64
 """Examples that are made of each dataset; what is wrong further on shows when it is used."""
 
 
-def check_data(settings: RunSettings) -> None:
-    """Looks whether every dataset is there.
-
-    Raises:
-        DataError: one is missing or of no known format; names the key.
-    """
-    datasets: dict[str, DataSettings | None] = {"public": settings.public}
-    for index, tenant in enumerate(settings.tenants):
-        datasets |= {f"tenants.{index}.train": tenant.train, f"tenants.{index}.test": tenant.test}
-        datasets[f"tenants.{index}.validation"] = tenant.validation
-    check_sources(datasets)
-
-
-def check_rows(settings: RunSettings, context: int | None) -> None:
-    """Makes the first examples of every dataset, just as stage 1, tuning and evaluation will.
+def check_public(settings: OwnerSettings, context: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the first public examples, just as stage 1 will.
 
     Args:
-        settings: the run.
+        settings: of the model owner.
         context: tokens of the model's longest sequence; None for one without bound.
+        tokenizer: the model's.
 
     Raises:
-        ConfigError: a block is longer than the context, or the model has no tokenizer that can be read.
-        DataError: rows are not what the settings say; names the key, the file and the row.
+        ConfigError: a block is longer than the context.
+        DataError: the dataset is missing, or its rows are not what the settings say; names key, file and row.
     """
-    tunes = [settings.tune_of(tenant) for tenant in settings.tenants]
+    check_sources({"public": settings.public})
     check_context(context, settings.stage_one.block_size, "stage_one.block_size")
-    for index, (tenant, tune) in enumerate(zip(settings.tenants, tunes, strict=True)):
-        own = tenant.tune is not None and "block_size" in tenant.tune.model_fields_set
-        check_context(context, tune.block_size, f"tenants.{index}.tune.block_size" if own else "tune.block_size")
-    tokenizer = read_tokenizer(settings.model.tokenizer or settings.model.path)
     with dataset_key("public"):
         _make(token_examples(settings.public, tokenizer, settings.stage_one.block_size, "truncate"))
-    limit = min(LOOKED_AT, settings.evaluate_examples or LOOKED_AT)  # rows that nobody reads may be wrong
-    for index, (tenant, tune) in enumerate(zip(settings.tenants, tunes, strict=True)):
-        key, size, too_long = f"tenants.{index}", tune.block_size, tune.too_long
+
+
+@dataclass(frozen=True)
+class TenantCheck:
+    """What is looked at of one data owner.
+
+    Attributes:
+        key: of its section, e.g. ``tenants.0``.
+        tenant: its section.
+        tune: how it tunes.
+        evaluate_examples: as in the run's settings.
+    """
+
+    key: str
+    tenant: TenantSettings
+    tune: TuneSettings
+    evaluate_examples: int | None
+
+    def sources(self) -> int:
+        """Looks whether its datasets are there; gives their bytes on disk.
+
+        Raises:
+            DataError: one is missing or of no known format; names the key.
+        """
+        tenant = self.tenant
+        datasets = {"train": tenant.train, "test": tenant.test, "validation": tenant.validation}
+        check_sources({f"{self.key}.{name}": data for name, data in datasets.items()})
+        paths = {source.path for data in datasets.values() if data is not None for source in find_sources(data)}
+        files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+        return sum(file.stat().st_size for file in files)
+
+    def rows(self, context: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Makes the first examples of its datasets, just as tuning and evaluation will.
+
+        Raises:
+            ConfigError: a block is longer than the context.
+            DataError: rows are not what the settings say; names the key, the file and the row.
+        """
+        tenant, tune, key = self.tenant, self.tune, self.key
+        own = tenant.tune is not None and "block_size" in tenant.tune.model_fields_set
+        check_context(context, tune.block_size, f"{key}.tune.block_size" if own else "tune.block_size")
+        limit = min(LOOKED_AT, self.evaluate_examples or LOOKED_AT)  # rows that nobody reads may be wrong
+        size, too_long = tune.block_size, tune.too_long
         held_out = None
         if tune.evaluate_every is not None and tenant.validation is None:
             held_out = HoldOut(tune.validation_fraction, tune.seed)
@@ -63,6 +91,23 @@ def check_rows(settings: RunSettings, context: int | None) -> None:
         if tenant.validation is not None:
             with dataset_key(f"{key}.validation"):
                 TestRows(tenant.validation, tokenizer, size, limit, too_long)
+
+
+def tenant_checks(settings: RunSettings) -> list[TenantCheck]:
+    """What is looked at, by data owner."""
+    return [
+        TenantCheck(f"tenants.{index}", tenant, settings.tune_of(tenant), settings.evaluate_examples)
+        for index, tenant in enumerate(settings.tenants)
+    ]
+
+
+def model_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that rows become tokens with.
+
+    Raises:
+        ConfigError: the model has none that can be read.
+    """
+    return read_tokenizer(settings.tokenizer or settings.path)
 
 
 def _make(examples: Iterable[object]) -> None:

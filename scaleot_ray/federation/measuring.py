@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from scaleot_ray.evaluation.table import AGGREGATE, TenantTable
 from scaleot_ray.federation.coordinator import evaluator
@@ -10,6 +11,7 @@ from scaleot_ray.federation.evaluator import Evaluator
 from scaleot_ray.federation.registry import PlugIn
 from scaleot_ray.federation.run_state import RunState, Tenant
 from scaleot_ray.federation.schedule import Work
+from scaleot_ray.federation.works import measuring
 
 FULL_ROWS = ("full_zero_shot", "full_tuned")
 # The data owner has sent the tuned emulator's value as a number. The evaluator measures it again, block by
@@ -36,8 +38,11 @@ class Measuring:
         state = self._state
         if not state.settings.evaluator:
             return []
-        wanting = [tenant for tenant in state.tenants if not tenant.measuring and not self._has_all(tenant)]
-        return [state.work(evaluator(tenant.name), tenant, state.needs.evaluators, self._measure) for tenant in wanting]
+        return [
+            measuring(state.settings, state.needs, tenant.settings, partial(self._measure, tenant))
+            for tenant in state.tenants
+            if not state.schedule.has(evaluator(tenant.name)) and not self._has_all(tenant)
+        ]
 
     def is_over(self) -> bool:
         """Whether every data owner that has a delta is measured."""
@@ -51,12 +56,11 @@ class Measuring:
         rows = ALL_ROWS if tenant.entry is not None else FULL_ROWS
         return (*rows, AGGREGATE) if self.aggregate is not None else rows
 
-    def _measure(self, tenant: Tenant, role: str) -> None:
+    def _measure(self, tenant: Tenant) -> None:
         state, actors = self._state, self._state.actors
-        tenant.measuring = True
         part = state.part(tenant, state.folder.evaluator(tenant.name))
         cpus, gpus = tenant.settings.cpus, tenant.settings.gpus
-        actor = actors.start(role, Evaluator, cpus, gpus, state.settings.model, part)
+        actor = actors.start(evaluator(tenant.name), Evaluator, cpus, gpus, state.settings.model, part)
         begun = time.monotonic()
 
         def measure() -> None:
@@ -71,6 +75,5 @@ class Measuring:
                 measure()  # the delta came meanwhile: the model is loaded already
                 return
             state.finish(actor, tenant, "evaluate", begun)
-            tenant.measuring = False
 
         measure()

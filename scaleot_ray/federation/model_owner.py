@@ -8,8 +8,10 @@ from typing import Any
 
 import ray
 
+from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, StageOneSettings
 from scaleot_ray.federation.coordinator import MODEL_OWNER
+from scaleot_ray.federation.object_store import Shared, to_shared
 from scaleot_ray.federation.role import Role
 from scaleot_ray.stages.build import BuildResult, build
 
@@ -53,3 +55,7 @@ class ModelOwner(Role):
             overwrite=True,
             on_progress=self.reporter(),
         )
+
+    def emulator(self, directory: str) -> Shared:
+        """The emulator at ``directory``, for a coordinator on another node."""
+        return to_shared(read_artifact(Path(directory), expected_kind="emulator"))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 
 from scaleot_ray.artifacts.audit import AuditLog
-from scaleot_ray.config import TenantSettings
-from scaleot_ray.data.sources import find_sources
+from scaleot_ray.federation.actors import Running
 from scaleot_ray.federation.administration import Request, note_registry, pending, reply
 from scaleot_ray.federation.coordinator import MODEL_OWNER, Charge, data_owner, evaluator
 from scaleot_ray.federation.measuring import Measuring
@@ -19,6 +18,7 @@ from scaleot_ray.federation.registry import PlugIn
 from scaleot_ray.federation.report import RunReport, TenantResult
 from scaleot_ray.federation.run_state import RunState, Tenant
 from scaleot_ray.federation.tuning_rounds import TuningRounds
+from scaleot_ray.federation.works import building
 from scaleot_ray.stages.build import BuildResult
 
 
@@ -47,7 +47,7 @@ class Phases:
         for tenant in tenants:
             tenant.token = actors.ask_coordinator("admit", tenant.name, tenant.settings.model_dump(mode="json"))
             if settings.evaluator:
-                actors.ask_coordinator("declare_evaluator", tenant.name, _rows_bytes(tenant.settings))
+                actors.ask_coordinator("declare_evaluator", tenant.name, self.state.rows_bytes[tenant.name])
         self._rounds.run()
         if settings.aggregation is not None:
             self._measuring.aggregate = actors.ask_coordinator("in_common")
@@ -69,13 +69,25 @@ class Phases:
         self.state.actors.start_coordinator(charge, name)
 
     def _build(self) -> BuildResult:
-        settings, folder, actors = self.state.settings, self.state.folder, self.state.actors
+        state, settings, folder, actors = self.state, self.state.settings, self.state.folder, self.state.actors
         sections = OwnerSections(settings.model, settings.public, settings.stage_one, settings.emulator)
-        cpus, gpus = settings.owner_cpus, settings.owner_gpus
-        owner = actors.start(MODEL_OWNER, ModelOwner, cpus, gpus, sections, str(folder.model_owner))
+        owners: list[Running] = []
+
+        def begin() -> None:
+            cpus, gpus = settings.owner_cpus, settings.owner_gpus
+            owners.append(actors.start(MODEL_OWNER, ModelOwner, cpus, gpus, sections, str(folder.model_owner)))
+
+        def begun() -> bool:
+            state.schedule.start(lambda: [] if owners else [building(settings, state.needs, begin)])
+            return bool(owners)
+
+        actors.until(begun)
+        (owner,) = owners
         built: BuildResult = actors.ask(owner, owner.handle.build.remote(str(folder.emulator)))
+        if not actors.ask_coordinator("has_emulator", built.manifest.digest()):
+            actors.ask_coordinator("take_emulator", owner.handle.emulator.remote(str(folder.emulator)))
         # The artefact on disk is the truth; the full model's memory is free before anyone tunes.
-        actors.stop(owner)
+        state.end_work(MODEL_OWNER)
         return built
 
     def _start_what_fits(self) -> None:
@@ -144,11 +156,3 @@ def _result(tenant: Tenant) -> TenantResult:
         delta_digest=tenant.entry.delta_digest if tenant.entry is not None else None,
         seconds=tenant.seconds,
     )
-
-
-def _rows_bytes(settings: TenantSettings) -> int:
-    """Bytes of a tenant's datasets on disk."""
-    datasets = [data for data in (settings.train, settings.test, settings.validation) if data is not None]
-    paths = {source.path for data in datasets for source in find_sources(data)}
-    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
-    return sum(file.stat().st_size for file in files)

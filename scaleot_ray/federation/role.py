@@ -14,7 +14,6 @@ from ray.exceptions import ObjectLostError
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.federation.object_store import from_shared
-from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress, Progress
 
 ACTORS = "SCALEOT_ACTORS"  # in the environment of every actor's process: which run it belongs to
@@ -28,11 +27,13 @@ class Present:
 
     Attributes:
         pid: its process.
+        node: Ray's id of the node that is on.
         threads: threads torch computes with.
         gpus: GPUs it sees.
     """
 
     pid: int
+    node: str
     threads: int
     gpus: int
 
@@ -55,7 +56,8 @@ class Role:
 
     def present(self) -> Present:
         """Answers once the actor has started."""
-        return Present(os.getpid(), torch.get_num_threads(), torch.cuda.device_count())
+        node = ray.get_runtime_context().get_node_id()
+        return Present(os.getpid(), node, torch.get_num_threads(), torch.cuda.device_count())
 
     def shared_emulator(self) -> Artifact:
         """The shared emulator, not verified yet; asked for again where the coordinator was started anew meanwhile.
@@ -87,7 +89,6 @@ class Role:
 
 def start(
     actor: Any,
-    session: Session,
     cpus: int,
     gpus: float,
     *arguments: Any,
@@ -99,13 +100,12 @@ def start(
 
     Args:
         actor: the actor class.
-        session: the Ray to start it on.
         cpus: threads it computes with.
         gpus: GPUs, or a share of one; with 0 it sees none.
         arguments: of its constructor.
         mark: value of :data:`ACTORS` in its environment; finds its process before it has answered.
         claim: whether Ray counts the processors; the coordinator, which only waits, claims none.
-        options: further ones of Ray's.
+        options: further ones of Ray's, where it goes among them.
     """
     environment = {**thread_environment(cpus), ACTORS: mark}
     if not gpus:
@@ -113,7 +113,6 @@ def start(
     return actor.options(
         num_cpus=cpus if claim else 0,
         num_gpus=gpus,
-        scheduling_strategy=session.on_this_node(),
         runtime_env={"env_vars": environment},
         **options,
     ).remote(*arguments)

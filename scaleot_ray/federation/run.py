@@ -1,24 +1,20 @@
-"""A whole run in the environment ``local``: one machine, one model owner, several data owners."""
+"""A whole run: one model owner, several data owners, on this machine or on the nodes of a cluster."""
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from scaleot_ray.config import DataSettings, RunSettings
-from scaleot_ray.families.size import model_size
 from scaleot_ray.federation.actors import Actors
-from scaleot_ray.federation.data_check import check_data, check_rows
+from scaleot_ray.federation.environment import look_here, on_cluster, on_this_machine
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.machine import this_machine
-from scaleot_ray.federation.needs import RAY, run_needs
 from scaleot_ray.federation.phases import Phases
-from scaleot_ray.federation.preflight import check_aggregation, preflight
+from scaleot_ray.federation.preflight import check_aggregation
 from scaleot_ray.federation.processes import PeakMemory
 from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.run_state import RunState, Tenant
-from scaleot_ray.federation.schedule import Schedule
-from scaleot_ray.federation.session import local_ray, ray_is_given
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress
 
@@ -28,10 +24,11 @@ _AGAIN = "Run the same command again: finished parts are reused, the rest goes o
 def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, debug: bool = False) -> RunReport:
     """Runs everything: the owner builds, all data owners tune at once, an evaluator measures if declared.
 
-    Ray is started for the run and gone after it; where one is given explicitly (``RAY_ADDRESS``, or this
-    process is connected), the run's actors work there, on this node. What an earlier run of the same
-    settings finished in ``settings.output`` is reused, what it left unfinished goes on from its
-    checkpoints, and what was made with other settings is made again.
+    In the environment ``local``, Ray is started for the run and gone after it; where one is given explicitly
+    (``RAY_ADDRESS``, or this process is connected), the run's actors work there, on this node. In the
+    environment ``cluster`` one is given, and they work on whichever of its nodes has room and the labels that
+    the settings ask for. What an earlier run of the same settings finished in ``settings.output`` is reused,
+    what it left unfinished goes on from its checkpoints, and what was made with other settings is made again.
 
     Args:
         settings: the run.
@@ -51,26 +48,18 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
     start = time.monotonic()
     settings = with_absolute_paths(settings)
     check_aggregation(settings)
-    check_data(settings)
-    size = model_size(settings.model)
-    check_rows(settings, size.context)
+    facts = look_here(settings) if settings.environment == "local" else None
     folder = RunFolder(Path(settings.output))
-    needs = run_needs(settings, size)
-    with interruptible(_AGAIN) as listen, folder.held(), PeakMemory() as memory:
-        machine = this_machine()
-        given = ray_is_given()
-        if not given:
-            preflight(settings, needs, machine)
-        with local_ray(machine.cpus, int(machine.gpus), needs.object_store, debug) as session:
-            listen()
-            if given:
-                machine = session.machine()
-                preflight(settings, needs, machine)
-            started = time.monotonic() - start
-            with Actors(session, memory, on_progress) as actors:
-                schedule = Schedule(machine.cpus, machine.gpus, machine.memory - RAY - needs.emulator)
-                tenants = [Tenant(tenant) for tenant in settings.tenants]
-                report = Phases(RunState(settings, folder, needs, actors, schedule, tenants)).run()
+    with interruptible(_AGAIN) as listen, folder.held(), PeakMemory() as memory, ExitStack() as stack:
+        if facts is not None:
+            there = stack.enter_context(on_this_machine(settings, facts, debug, listen))
+        else:
+            there = stack.enter_context(on_cluster(settings, debug, listen, on_progress))
+        started = time.monotonic() - start
+        actors = stack.enter_context(Actors(there.session, memory, on_progress, there.place))
+        tenants = [Tenant(tenant) for tenant in settings.tenants]
+        state = RunState(settings, folder, there.needs, actors, there.schedule, tenants, there.rows_bytes)
+        report = Phases(state).run()
     report.seconds = {"total": time.monotonic() - start, "start": started, **report.seconds}
     report.peak_rss_bytes = memory.bytes
     report.write()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from scaleot_ray.federation.actors import Actors, Running
 from scaleot_ray.federation.coordinator import Entry
 from scaleot_ray.federation.data_owner import Part
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.needs import Memory, Needs
-from scaleot_ray.federation.schedule import Schedule, Work
+from scaleot_ray.federation.needs import Needs
+from scaleot_ray.federation.schedule import Schedule
 
 
 @dataclass(eq=False)
@@ -26,7 +26,6 @@ class Tenant:
         settings: its section.
         token: what its submissions must carry; None where it takes no part.
         tuning: the round that an actor tunes for now; ``since``: when it was started.
-        measuring: an actor does that now.
         submitted: the latest round that has its delta.
         attempts: how often its tuning was started in the round under way.
         left_out: why nothing more is expected of it in the round under way.
@@ -39,7 +38,6 @@ class Tenant:
     token: str | None = None
     tuning: int | None = None
     since: float = 0.0
-    measuring: bool = False
     submitted: int = 0
     attempts: int = 0
     left_out: ScaleOTError | None = None
@@ -73,6 +71,7 @@ class RunState:
         actors: those that live.
         schedule: what runs now, and what there is for it.
         tenants: the data owners.
+        rows_bytes: of each one's datasets on disk.
         spans: by stage, when the first of its kind began and the last ended.
     """
 
@@ -82,18 +81,13 @@ class RunState:
     actors: Actors
     schedule: Schedule
     tenants: list[Tenant]
+    rows_bytes: dict[str, int]
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def part(self, tenant: Tenant, output: Path) -> Part:
         """A data owner's part of the run, for an actor that works in ``output``."""
         tune = self.settings.tune_of(tenant.settings)
         return Part(tenant.settings, tune, self.settings.evaluate_examples, str(output))
-
-    @staticmethod
-    def work(role: str, tenant: Tenant, memory: dict[str, Memory], begin: Callable[[Tenant, str], None]) -> Work:
-        """Something to do for a data owner, as the schedule takes it."""
-        settings = tenant.settings
-        return Work(role, settings.cpus, settings.gpus, memory[tenant.name].total, lambda: begin(tenant, role))
 
     def finish(self, actor: Running, tenant: Tenant, stage: str, begun: float) -> None:
         """Ends an actor that has done its work, and notes how long that took."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from scaleot_ray.errors import ScaleOTError
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,10 @@ class Work:
     Attributes:
         role: whose it is, e.g. ``data owner alice``.
         cpus, gpus: what its actor claims.
-        memory: bytes it needs, estimated.
+        memory: bytes it needs, estimated or as the settings say.
         begin: starts it.
+        labels: of the nodes that it may be on.
+        no_place: is told why nothing has come of it, where it waited in vain; without it that ends the run.
     """
 
     role: str
@@ -22,6 +27,8 @@ class Work:
     gpus: float
     memory: int
     begin: Callable[[], None] = field(compare=False, repr=False)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    no_place: Callable[[ScaleOTError], None] | None = field(default=None, compare=False, repr=False)
 
 
 def next_work(waiting: Sequence[Work], running: Sequence[Work], cpus: float, gpus: float, memory: int) -> Work | None:
@@ -47,8 +54,21 @@ def next_work(waiting: Sequence[Work], running: Sequence[Work], cpus: float, gpu
     return None
 
 
-class Schedule:
-    """What runs now, and what there is for all together.
+class Schedule(Protocol):
+    """Starts what is possible as soon as there is room for it."""
+
+    def start(self, possible: Callable[[], Sequence[Work]]) -> None:
+        """Starts what fits; ``possible`` gives what waits, in order of preference."""
+
+    def has(self, role: str) -> bool:
+        """Whether the work of this role runs, or waits for its place."""
+
+    def over(self, role: str) -> None:
+        """The work of this role has ended, if there was any: what it claimed is free again."""
+
+
+class MachineSchedule:
+    """The schedule of one machine: what runs now, and what there is for all together.
 
     Args:
         cpus, gpus: as for :func:`next_work`.
@@ -64,6 +84,10 @@ class Schedule:
         while (work := next_work(possible(), self._running, self._cpus, self._gpus, self._memory)) is not None:
             self._running.append(work)
             work.begin()
+
+    def has(self, role: str) -> bool:
+        """Whether the work of this role runs."""
+        return any(work.role == role for work in self._running)
 
     def over(self, role: str) -> None:
         """The work of this role has ended, if there was any: what it claimed is free again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from scaleot_ray.errors import RunFailed, ScaleOTError
 from scaleot_ray.federation.actors import Running
@@ -18,6 +19,7 @@ from scaleot_ray.federation.registry import Round
 from scaleot_ray.federation.report import RoundResult
 from scaleot_ray.federation.run_state import RunState, Tenant
 from scaleot_ray.federation.schedule import Work
+from scaleot_ray.federation.works import tuning
 
 
 class TuningRounds:
@@ -47,24 +49,26 @@ class TuningRounds:
 
     def possible(self) -> list[Work]:
         """The tuning that could start, in the order of the settings."""
-        state = self._state
-        most = state.settings.tenants_at_once
-        if self._open is None or (
-            most is not None and sum(tenant.tuning is not None for tenant in state.tenants) >= most
-        ):
+        state, opened = self._state, self._open
+        if opened is None:
             return []
-        return [
-            state.work(data_owner(tenant.name), tenant, state.needs.data_owners, self._tune)
+        busy = {tenant.name for tenant in state.tenants if state.schedule.has(data_owner(tenant.name))}
+        most = state.settings.tenants_at_once
+        room = max(most - len(busy), 0) if most is not None else None
+        works = [
+            tuning(state.needs, tenant.settings, partial(self._tune, tenant), partial(self._left_out, tenant))
             for tenant in self._taking_part()
-            if tenant.tuning is None and tenant.left_out is None and tenant.submitted < self._open.round.number
+            if tenant.name not in busy and tenant.left_out is None and tenant.submitted < opened.round.number
         ]
+        return works[:room]
 
     def leave_out(self, tenant: Tenant, why: str) -> None:
         """Expects nothing more of a data owner in the round under way, and ends its tuning."""
         if self._open is None or tenant.submitted >= self._open.round.number:
             return
-        problem = RunFailed(f"{why}.", "`scaleot tenants` shows who takes part, `scaleot status` in what.")
-        self._left_out(tenant, problem, why)
+        self._left_out(
+            tenant, RunFailed(f"{why}.", "`scaleot tenants` shows who takes part, `scaleot status` in what.")
+        )
 
     def _round(self, opened: Opened) -> None:
         """One round, from its opening to its plug-ins."""
@@ -107,14 +111,14 @@ class TuningRounds:
             if self._last or not useful:
                 self._end_tuning(tenant)
 
-    def _tune(self, tenant: Tenant, role: str) -> None:
+    def _tune(self, tenant: Tenant) -> None:
         assert self._open is not None
         state, actors, number, final = self._state, self._state.actors, self._open.round.number, self._last
         tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, time.monotonic()
         actors.call_coordinator("begin_part", number, tenant.name)
         part = state.part(tenant, state.folder.tenant(tenant.name))
         cpus, gpus = tenant.settings.cpus, tenant.settings.gpus
-        actor = actors.start(role, DataOwner, cpus, gpus, part, failed=lambda error: failed(error))
+        actor = actors.start(data_owner(tenant.name), DataOwner, cpus, gpus, part, failed=lambda error: failed(error))
         begun = time.monotonic()
 
         def tuned(_: None) -> None:
@@ -148,14 +152,14 @@ class TuningRounds:
             self._end_tuning(tenant)
             actors.tell(f"{actor.role} died and starts again ({tenant.attempts + 1} of {attempts})")
             return True
-        self._left_out(tenant, problem, problem.problem)
+        self._left_out(tenant, problem)
         return True
 
-    def _left_out(self, tenant: Tenant, problem: ScaleOTError, why: str) -> None:
+    def _left_out(self, tenant: Tenant, problem: ScaleOTError) -> None:
         assert self._open is not None
         self._end_tuning(tenant)
         tenant.left_out = problem
-        self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, why)
+        self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, problem.problem)
 
     def _end_tuning(self, tenant: Tenant) -> None:
         self._state.end_work(data_owner(tenant.name))

@@ -11,7 +11,8 @@ import pytest
 
 from scaleot_ray.config import DataSettings, RunSettings
 from scaleot_ray.errors import ConfigError, DataError, ScaleOTError
-from scaleot_ray.federation.data_check import LOOKED_AT, check_rows
+from scaleot_ray.federation.data_check import LOOKED_AT
+from scaleot_ray.federation.environment import look_here
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress
 from tests.tiny_models import tiny_tokenizer
@@ -90,7 +91,7 @@ def test_rows_that_are_not_what_the_settings_say(
 
 def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
     settings = with_data(write_tiny_run(tmp_path), "train", CHAT, task="chat")
-    check_rows(settings, None)
+    look_here(settings)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
@@ -118,6 +119,6 @@ def test_blocks_longer_than_the_context(tmp_path: Path, key: str) -> None:
 
 def test_rows_that_nobody_reads_may_be_wrong(tmp_path: Path) -> None:
     settings = write_tiny_run(tmp_path, evaluate_examples=len(CHOICES))
-    check_rows(with_data(settings, "test", [*CHOICES, {}], task="choice"), None)
+    look_here(with_data(settings, "test", [*CHOICES, {}], task="choice"))
     many = CHOICES * LOOKED_AT
-    check_rows(with_data(settings, "train", [*many, {}], task="choice"), None)
+    look_here(with_data(settings, "train", [*many, {}], task="choice"))

@@ -1,0 +1,53 @@
+"""The parts of a run as work that a schedule takes: what each claims, and on which nodes it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from scaleot_ray.config import RunSettings, TenantSettings
+from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.federation.coordinator import MODEL_OWNER, data_owner, evaluator
+from scaleot_ray.federation.needs import Memory, Needs
+from scaleot_ray.federation.schedule import Work
+
+Begin = Callable[[], None]
+
+
+def building(settings: RunSettings, needs: Needs, begin: Begin) -> Work:
+    """The model owner's build."""
+    claims = (settings.owner_cpus, settings.owner_gpus, needs.owner.total)
+    return Work(MODEL_OWNER, *claims, begin, settings.placement.owner_labels)
+
+
+def tuning(
+    needs: Needs, tenant: TenantSettings, begin: Begin, no_place: Callable[[ScaleOTError], None] | None = None
+) -> Work:
+    """A data owner's tuning, where its data is; without a place for it the others may do."""
+    work = _of(data_owner(tenant.name), tenant, needs.data_owners, begin, tenant.node_labels)
+    return replace(work, no_place=no_place)
+
+
+def measuring(settings: RunSettings, needs: Needs, tenant: TenantSettings, begin: Begin) -> Work:
+    """The measuring of a data owner's rows: the evaluator holds the full model, so it is where that may be."""
+    return _of(evaluator(tenant.name), tenant, needs.evaluators, begin, settings.placement.owner_labels)
+
+
+def all_works(settings: RunSettings, needs: Needs) -> list[Work]:
+    """Every part of a run that claims anything, none of which can begin: for looking whether there is room for it."""
+
+    def never() -> None:
+        raise AssertionError("this work is only looked at")
+
+    found = [building(settings, needs, never)]
+    found += [tuning(needs, tenant, never) for tenant in settings.tenants]
+    if settings.evaluator:
+        found += [measuring(settings, needs, tenant, never) for tenant in settings.tenants]
+    return found
+
+
+def _of(
+    role: str, tenant: TenantSettings, memory: Mapping[str, Memory], begin: Begin, labels: Mapping[str, str]
+) -> Work:
+    needed = memory[tenant.name].total if tenant.memory_gb is None else int(tenant.memory_gb * 1e9)
+    return Work(role, tenant.cpus, tenant.gpus, needed, begin, labels)
