@@ -4,7 +4,8 @@
 
 The head has one processor; two nodes have two each, and the labels ``site=alice`` and ``site=bob``, both
 ``disk=shared``. Prints one JSON object per run: the report or the error, on which nodes its actors were, and
-on which nodes copies of the emulator lay. ``kill`` ends the node where the first data owner tunes.
+on which nodes copies of the emulator lay when all data owners tuned. ``kill`` then ends the node of the
+first one.
 """
 
 from __future__ import annotations
@@ -38,11 +39,16 @@ class Sites:
         head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
-        for site in SITES:
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
+        self._names: dict[str, str] = {}
+        self.complete()
+
+    def complete(self) -> None:
+        """Starts the nodes that are not there, or not any more."""
+        for site in set(SITES) - self._nodes.keys():
             labels = {"site": site, "disk": "shared"}
             self._nodes[site] = self._cluster.add_node(num_cpus=2, object_store_memory=STORE, labels=labels)
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
-        self._names = {entry["NodeID"]: entry["Labels"].get("site", "head") for entry in ray.nodes()}
+        self._names |= {entry["NodeID"]: entry["Labels"].get("site", "head") for entry in ray.nodes()}
 
     def actors(self) -> dict[str, set[str]]:
         """Sites of the actors that live, by class."""
@@ -62,7 +68,7 @@ class Sites:
 
     def kill(self, site: str) -> None:
         """Ends a node as a power failure would."""
-        self._cluster.remove_node(self._nodes[site], allow_graceful=False)
+        self._cluster.remove_node(self._nodes.pop(site), allow_graceful=False)
 
     def close(self) -> None:
         """Ends the cluster."""
@@ -96,6 +102,7 @@ def run_once(folder: Path, sites: Sites, scenario: dict[str, Any]) -> dict[str, 
         sites: the cluster.
         scenario: changes to the ``settings``, ``labels`` by data owner, how many ``tenants``, and ``kill``.
     """
+    sites.complete()
     settings = write_tiny_run(folder, environment="cluster", **scenario.get("settings", {}))
     tenants = [
         tenant.model_copy(update={"node_labels": scenario.get("labels", {}).get(tenant.name, {})})
@@ -116,13 +123,13 @@ def run_once(folder: Path, sites: Sites, scenario: dict[str, Any]) -> dict[str, 
             said.append(progress.stage)
         if not progress.stage.startswith("tune "):
             return
-        if len([stage for stage in said if stage.startswith("tune ")]) == len(tenants) and not copies:
-            copies.append(sites.copies())
-        if scenario.get("kill") and not killed:
-            look()
-            (place,) = sites.actors()["DataOwner"] if len(tenants) == 1 else ("alice",)
-            killed.append(place)
-            sites.kill(place)
+        if copies or len([stage for stage in said if stage.startswith("tune ")]) < len(tenants):
+            return
+        copies.append(sites.copies())
+        if scenario.get("kill"):
+            places = sites.actors()["DataOwner"]
+            killed.append("alice" if len(places) > 1 else next(iter(places)))
+            sites.kill(killed[0])
 
     end, begun = often(look), time.monotonic()
     try:
@@ -137,7 +144,7 @@ def run_once(folder: Path, sites: Sites, scenario: dict[str, Any]) -> dict[str, 
         "actors": {kind: sorted(places) for kind, places in seen.items()},
         "copies": copies[0] if copies else [],
         "killed": killed,
-        "groups": sorted(groups),
+        "placement_groups": sorted(groups),
         "said": said,
     }
 
