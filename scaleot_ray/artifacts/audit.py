@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,6 +48,10 @@ class AuditLog:
     ``decision``, ``reason`` and ``previous`` (SHA-256 of the bytes of the line before, without its end;
     empty in the first line). It is one write and is on the disk when :meth:`record` returns.
 
+    Args:
+        path: of the file.
+        on_record: is told each line that was written here.
+
     Attributes:
         damaged: numbers (from 1) of the lines that the latest :meth:`read` left out, because a
             process died while writing them.
@@ -55,8 +59,8 @@ class AuditLog:
             :meth:`read`: there, lines are missing, or the one before was altered.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, on_record: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.path, self._on_record = Path(path), on_record
         self.damaged: list[int] = []
         self.broken: list[int] = []
 
@@ -112,6 +116,8 @@ class AuditLog:
                 f"audit log {self.path}: cannot be written ({error.strerror or error}).",
                 "Free some room, or name an audit log that may be written; nothing crosses without its line.",
             ) from error
+        if self._on_record is not None:
+            self._on_record(line)
 
     def read(self) -> list[dict[str, Any]]:
         """All complete lines, oldest first; an empty list where there is no log yet.

@@ -32,6 +32,7 @@ from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.table import TenantTable
 from scaleot_ray.federation.administration import Request, carry_out
+from scaleot_ray.federation.events import Events
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.registry import PlugIn, Round
@@ -110,12 +111,16 @@ class Coordinator(Role):
     def __init__(self, charge: Charge) -> None:
         super().__init__(COORDINATOR, 1)
         self._charge, self._folder = charge, RunFolder(Path(charge.folder))
-        self._audit = AuditLog(self._folder.audit)
+        self._events = Events(self._folder.log, self._folder.path.name)
+        self._audit = AuditLog(self._folder.audit, self._events.metrics.crossed)
         self._opened: RoundKeeper | None = None
+        self._round: int | None = None
         self._emulator: ray.ObjectRef | None = None
         self._reports: dict[str, Progress] = {}
         self._heard = time.monotonic()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._events.started_again()
 
     def has_emulator(self, digest: str) -> bool:
         """Whether the run's folder has this emulator; not where the model owner built it on another node's disk."""
@@ -148,6 +153,7 @@ class Coordinator(Role):
             cross(artifact, MODEL_OWNER, recipient, self._audit)
         self._opened, self._emulator = None, None
         self._share(artifact)
+        self._events.published(artifact, len(recipients))
 
     def emulator(self) -> list[ray.ObjectRef]:
         """Reference to the shared emulator, in a list, so that Ray hands on the reference and not the emulator."""
@@ -158,24 +164,36 @@ class Coordinator(Role):
 
     def admit(self, tenant: str, settings: dict[str, Any]) -> str | None:
         """Admits a data owner: the token its submissions must carry, None where it was cancelled or revoked."""
-        return self._keeper.admit(tenant, settings)
+        token = self._keeper.admit(tenant, settings)
+        self._events.admitted(tenant, token is not None)
+        return token
 
     def begin_round(self, tenants: list[str]) -> Opened | None:
         """The round to work on; None after the last. See :meth:`RoundKeeper.begin`."""
         found = self._keeper.begin(tenants)
-        return self._described(found) if found is not None else None
+        if found is None:
+            return None
+        opened = self._described(found)
+        self._round = found.number
+        self._events.round_begins(found, opened.submitted)
+        return opened
 
     def begin_part(self, number: int, tenant: str) -> int:
         """Records that a data owner's tuning starts."""
-        return self._keeper.begin_part(number, tenant)
+        attempt = self._keeper.begin_part(number, tenant)
+        self._events.tuning_starts(tenant, number, attempt)
+        return attempt
 
     def leave_out(self, number: int, tenant: str, reason: str) -> None:
         """Records that nothing is to be expected of a data owner in a round any more."""
         self._keeper.leave_out(number, tenant, reason)
+        self._events.left_out(tenant, number, reason)
 
     def end_round(self, number: int) -> Opened:
         """Closes a round and makes its plug-ins. See :meth:`RoundKeeper.end`."""
-        return self._described(self._keeper.end(number))
+        ended = self._described(self._keeper.end(number))
+        self._events.round_ends(ended.round, ended.submitted)
+        return ended
 
     def start(self, number: int, tenant: str) -> Shared | None:
         """The delta that a round begins with, for a data owner; recorded as a crossing of its own."""
@@ -190,9 +208,12 @@ class Coordinator(Role):
         Raises:
             ArtifactRefused: as :meth:`RoundKeeper.take`.
         """
-        self._keeper.take(
-            Sent(tenant, token, number, lambda: from_shared(delta), lambda: from_shared(metrics), data_digest)
-        )
+        sent = Sent(tenant, token, number, lambda: from_shared(delta), lambda: from_shared(metrics), data_digest)
+        try:
+            self._events.submitted(self._keeper.take(sent))
+        except ArtifactRefused as error:
+            self._events.refused(tenant, number, error.problem)
+            raise
 
     def entry(self, tenant: str, number: int | None = None) -> Entry | None:
         """What the registry has of a data owner, without the delta itself: of a round, or the latest."""
@@ -201,7 +222,9 @@ class Coordinator(Role):
 
     def carry_out(self, request: Request) -> list[int]:
         """Does what an administrator asks; see :func:`scaleot_ray.federation.administration.carry_out`."""
-        return carry_out(request, self._keeper)
+        changed = carry_out(request, self._keeper)
+        self._events.administered(request, changed)
+        return changed
 
     def in_common(self) -> PlugIn | None:
         """The aggregate of the latest round that has one."""
@@ -258,9 +281,10 @@ class Coordinator(Role):
             check_unchanged(from_shared(ray.get(self._emulator)), self.name)
 
     @ray.method(concurrency_group="progress")
-    def report(self, progress: Progress) -> None:
-        """Takes a progress report; a later one of the same stage replaces it."""
+    def report(self, progress: Progress, role: str) -> None:
+        """Takes a progress report of someone; a later one of the same stage replaces it."""
         self._reports[progress.stage] = progress
+        self._events.metrics.progress(role, self._round, progress)
 
     @ray.method(concurrency_group="progress")
     def reports(self) -> list[Progress]:

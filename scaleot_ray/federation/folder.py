@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "audit.jsonl"
 
     @property
+    def log(self) -> Path:
+        """What happened, a line each."""
+        return self.path / "run.log"
+
+    @property
     def coordinator(self) -> Path:
         """What the coordinator keeps, by emulator."""
         return self.path / "coordinator"

@@ -82,7 +82,7 @@ class Role:
             finished = progress.step >= progress.steps
             if finished or now - last.get(progress.stage, -_REPORT_SECONDS) >= _REPORT_SECONDS:
                 last[progress.stage] = now
-                self.coordinator.report.remote(progress)
+                self.coordinator.report.remote(progress, self.name)
 
         return report
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import psutil
 import pytest
 import ray
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayActorError
 
 from scaleot_ray.artifacts.artifact import Artifact
@@ -29,6 +32,7 @@ from scaleot_ray.federation.object_store import check_unchanged, from_shared, to
 from scaleot_ray.federation.role import Present, Role, start, stop
 from scaleot_ray.federation.session import Session
 from scaleot_ray.federation.table_gate import pack_table
+from scaleot_ray.progress import Progress
 from scaleot_ray.stages.build import build
 from scaleot_ray.stages.tune import tune_emulator
 from tests.tiny_run import write_tiny_run
@@ -69,7 +73,7 @@ def audit(tmp_path: Path) -> AuditLog:
 def coordinator(connected_ray: Session, tmp_path: Path) -> Any:
     """A coordinator of a run in ``tmp_path`` that lives for one test."""
     charge = Charge(str(tmp_path), str(tmp_path / "registry"), RoundSettings(), None, {}, {"bob": "loss"})
-    actor = start(Coordinator, connected_ray, 1, 0, charge, mark="", claim=False)
+    actor = start(Coordinator, 1, 0, charge, mark="", claim=False)
     yield actor
     stop(actor)
 
@@ -238,9 +242,92 @@ def test_a_coordinator_that_was_killed_goes_on_where_it_was(coordinator: Any, pa
     ray.get(coordinator.finish.remote())
 
 
+def test_the_log_says_what_happened_when_to_whom(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
+    token = begin(coordinator)
+    ray.get(coordinator.begin_part.remote(1, "alice"))
+    with pytest.raises(ArtifactRefused):
+        ray.get(coordinator.submit.remote("alice", "guessed", 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    ray.get(coordinator.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    psutil.Process(ray.get(coordinator.present.remote()).pid).kill()
+    ray.get(coordinator.end_round.remote(1))
+    lines = [line.split(" ", 1) for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", time) for time, _ in lines)
+    said = [what for _, what in lines]
+    assert said[0].startswith(f"INFO emulator {parts.emulator.digest[:16]} ({parts.emulator.nbytes} bytes)")
+    assert said[1:4] == [
+        "INFO tenant=alice admitted",
+        "INFO round=1 begins with 1 data owners, quorum 1",
+        "INFO round=1 tenant=alice tuning starts (attempt 1)",
+    ]
+    assert said[4].startswith("WARNING round=1 tenant=alice refused: ")
+    assert said[5].startswith(f"INFO round=1 tenant=alice submitted {parts.delta.digest[:16]} ({parts.delta.nbytes} by")
+    assert said[6] == "WARNING the coordinator's process had died; it goes on from the registry"
+    assert said[7].startswith("INFO round=1 finished (1 of 1 deltas, ")
+
+
+def test_an_emulator_from_another_nodes_disk_is_written_here(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
+    digest = parts.emulator.digest
+    assert ray.get(coordinator.has_emulator.remote(digest))
+    assert not ray.get(coordinator.has_emulator.remote("0" * 64))
+    shutil.rmtree(tmp_path / "emulator")
+    assert not ray.get(coordinator.has_emulator.remote(digest))
+    damaged = to_shared(parts.emulator)
+    name = next(iter(damaged["tensors"]))
+    damaged["tensors"] = {**damaged["tensors"], name: damaged["tensors"][name].copy()}
+    damaged["tensors"][name][0] ^= 1
+    with pytest.raises(ArtifactRefused, match=name):
+        ray.get(coordinator.take_emulator.remote(damaged))
+    assert not (tmp_path / "emulator").exists()
+    ray.get(coordinator.take_emulator.remote(to_shared(parts.emulator)))
+    assert read_artifact(tmp_path / "emulator").digest == digest
+
+
+def test_prometheus_finds_a_runs_metrics(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
+    publish(coordinator, parts.folder / "emulator", tmp_path)
+    token = begin(coordinator)
+    ray.get(coordinator.begin_part.remote(1, "alice"))
+    ray.get(coordinator.report.remote(Progress("tune alice", 3, 12, 2.5, 100.0), "data owner alice"))
+    with pytest.raises(ArtifactRefused):
+        ray.get(coordinator.submit.remote("alice", "guessed", 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    ray.get(coordinator.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    work = {"run": tmp_path.name, "role": "data owner", "tenant": "alice", "round": "1", "stage": "tune"}
+    crossing = {"run": tmp_path.name, "sender": "data owner alice", "recipient": "model owner", "kind": "delta"}
+    part = {"run": tmp_path.name, "tenant": "alice", "round": "1"}
+    wanted = [
+        ("ray_scaleot_progress_ratio", work, 0.25),
+        ("ray_scaleot_loss_nats", work, 2.5),
+        ("ray_scaleot_round_quorum", {"run": tmp_path.name, "round": "1"}, 1),
+        ("ray_scaleot_tuning_starts_total", part, 1),
+        ("ray_scaleot_crossings_total", {**crossing, "decision": "refused"}, 1),
+        ("ray_scaleot_crossed_bytes_total", {**crossing, "decision": "sent"}, parts.delta.nbytes),
+    ]
+    deadline = time.monotonic() + 60  # Ray passes metrics on every few seconds
+    while left := [one for one in wanted if one not in (found := exported())]:
+        assert time.monotonic() < deadline, (left, found)
+        time.sleep(1)
+    assert ("ray_scaleot_progress_ratio", {**work, "tenant": "bob"}, 0.25) not in found
+
+
+def exported() -> list[tuple[str, dict[str, str], float]]:
+    """Our metrics as this node exports them: name, our tags, value."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    ours = ("run", "role", "tenant", "round", "stage", "sender", "recipient", "kind", "decision", "state")
+    return [
+        (sample.name, {key: value for key, value in sample.labels.items() if key in ours}, sample.value)
+        for family in families
+        if family.name.startswith("ray_scaleot")
+        for sample in family.samples
+    ]
+
+
 def test_without_a_driver_the_coordinator_ends_itself(connected_ray: Session, tmp_path: Path) -> None:
     charge = Charge(str(tmp_path), str(tmp_path), RoundSettings(), None, {}, {}, lease_seconds=2.0)
-    actor = start(Coordinator, connected_ray, 1, 0, charge, mark="", claim=False, name="c", lifetime="detached")
+    actor = start(Coordinator, 1, 0, charge, mark="", claim=False, name="c", lifetime="detached")
     process = psutil.Process(ray.get(actor.present.remote()).pid)
     deadline = time.monotonic() + 4
     while time.monotonic() < deadline:  # as long as it is asked, it stays
@@ -255,7 +342,7 @@ def test_without_a_driver_the_coordinator_ends_itself(connected_ray: Session, tm
 
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_an_actor_has_exactly_its_threads(connected_ray: Session, cpus: int) -> None:
-    actor = start(ray.remote(Role), connected_ray, cpus, 0, "someone", cpus, mark="")
+    actor = start(ray.remote(Role), cpus, 0, "someone", cpus, mark="")
     present: Present = ray.get(actor.present.remote())
     environment = psutil.Process(present.pid).environ()
     stop(actor)
