@@ -96,6 +96,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(argument) for argument in arguments if argument is not type(None))
+    if origin is dict:
+        return "`{key: value}`"
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     if origin is not None and arguments:  # Annotated numbers inside a union

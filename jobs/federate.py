@@ -3,10 +3,10 @@
 ray job submit --working-dir jobs -- python federate.py /shared/owner/run.yaml
 
 Ray copies the folder jobs to the cluster, these scripts and nothing else; the YAML and every path in
-it are absolute. The job's actors work on the node that the job was put on, which must have the
-processors and GPUs that the YAML gives them: a run is one machine's (environment local), also on a
-cluster. The actors claim them, so the job itself needs no --entrypoint-num-cpus. The same as
-`scaleot run`.
+it are absolute. With `environment: cluster` the actors work on any node that has room and the labels that
+the YAML asks for (examples/cluster.yaml); else all of them on the node that the job was put on, which then
+must have the processors and GPUs that the YAML gives them. The actors claim what they use, so the job itself
+needs no --entrypoint-num-cpus. The same as `scaleot run`.
 """
 
 from scaleot_ray.cli.main import job
