@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.status import run_status
 from tests.jobs.cluster import Cluster, running_cluster
 from tests.tiny_run import write_tiny_run
 
@@ -146,3 +153,81 @@ def test_a_stopped_job_goes_on_when_submitted_again(cluster: Cluster, shared: Pa
     first = next(line for line in again.splitlines() if line.startswith("tune data owner: "))
     assert int(first.split()[3].split("/")[0]) > 5, again
     assert read_artifact(output / "delta", expected_kind="delta")
+
+
+FOUR = ("alice", "bob", "carol", "dave")
+
+
+@pytest.fixture
+def rounds(shared: Path) -> Path:
+    """The YAML of a run of two rounds with four data owners, who tune one after the other."""
+    changes: dict[str, Any] = {
+        "rounds": {"count": 2},
+        "aggregation": {"method": "mean"},
+        "tune": {"steps": 4},
+        "tenants": [
+            {
+                "name": name,
+                "train": {"path": str(shared / f"{data}-train.jsonl")},
+                "test": {"path": str(shared / f"{data}-test.jsonl")},
+            }
+            for name, data in zip(FOUR, ("alice", "bob") * 2, strict=True)
+        ],
+        "tenants_at_once": 1,
+        "evaluator": False,
+        "output": str(shared / "rounds"),
+    }
+    settings = write_tiny_run(shared, **changes).model_dump(mode="json", exclude_unset=True)
+    path = shared / "rounds.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def crossed(run: Path) -> Counter[str]:
+    """How many deltas each data owner has sent, by the audit log: one for every tuning that came to its end."""
+    lines = AuditLog(RunFolder(run).audit).read()
+    return Counter(line["sender"] for line in lines if (line["kind"], line["recipient"]) == ("delta", "model owner"))
+
+
+def submitted(run: Path) -> list[list[str]]:
+    """By round, the data owners whose delta the registry has."""
+    try:
+        rounds = run_status(RunFolder(run))["rounds"]
+    except ConfigError:
+        return []  # there is no registry yet
+    return [[part["name"] for part in one["tenants"] if part["state"] == "submitted"] for one in rounds]
+
+
+def test_a_job_with_rounds_goes_on_and_is_reused(cluster: Cluster, shared: Path, rounds: Path) -> None:
+    stranger = replace(cluster, env={**cluster.env, "RAY_AUTH_TOKEN": "0" * 64})
+    refused = stranger.submit("python", "federate.py", rounds, cpus=0)
+    assert refused.code != 0
+    assert "authentication token" in refused.out
+
+    run = shared / "rounds"
+    job = ("job", "submit", "--working-dir", "jobs", "--submission-id", "rounds", "--no-wait")
+    cluster.ray(*job, "--", "python", "federate.py", rounds)
+    deadline = time.monotonic() + 240
+    while not any(submitted(run)):
+        assert time.monotonic() < deadline, cluster.ray("job", "logs", "rounds").stdout
+        time.sleep(0.1)
+    assert cluster.ray("job", "stop", "rounds").returncode == 0
+    first = submitted(run)
+    assert 0 < sum(map(len, first)) < 2 * len(FOUR), "stopped too late to show anything"
+    assert not (run / "report.json").exists()
+
+    done = cluster.submit("python", "federate.py", rounds, cpus=0)
+    assert done.code == 0, done.out
+    assert submitted(run) == [[*FOUR]] * 2
+    sent = crossed(run)
+    # One for each round: what had been submitted before the stop was not tuned again.
+    assert {name: sent[f"data owner {name}"] for name in first[0]} == dict.fromkeys(first[0], 2)
+    report = json.loads((run / "report.json").read_text())
+    assert report["aggregate"]["round"] == 2
+
+    again = cluster.submit("python", "federate.py", rounds, cpus=0)
+    assert again.code == 0, again.out
+    assert "tune alice" in done.out
+    assert not re.search("tune |stage 1|fit in order", again.out), again.out
+    assert crossed(run) == sent
+    assert json.loads((run / "report.json").read_text())["aggregate"] == report["aggregate"]
