@@ -80,13 +80,15 @@ def test_commands_in_the_text_exist(path: Path) -> None:
     known = {command.name for command in app.registered_commands}
     text = path.read_text()
     assert set(re.findall(r"`?scaleot ([a-z]+)", text)) <= known
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"\n```sh\nray .*?```", "", text, flags=re.S)))
+    others = r"^(?:ray|podman|kubectl|openssl|export) (?:.*\\\n)*.*$|`(?:ray|kubectl|docker) [^`]+`"
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", text, flags=re.M)))
     elsewhere = {
         "--help",
         "--working-dir",
         "--entrypoint-num-gpus",
         "--entrypoint-num-cpus",
-        "--shm-size",
+        "--num-cpus",
+        "--object-store-memory",
         "--dashboard-agent-listen-port",
     }
     assert options - elsewhere <= declared_options() | {"--version"}

@@ -1,0 +1,103 @@
+"""docs/administration.md: its settings are read by the real reader, its figures come from the preflight."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from scaleot_ray.config import RunSettings, parse
+from scaleot_ray.families.size import ModelSize
+from scaleot_ray.federation.needs import run_needs
+from scaleot_ray.federation.preflight import check_aggregation
+from tests.cli.command import PROJECT
+from tests.cluster.pins import IMAGE
+
+PAGE = (PROJECT / "docs" / "administration.md").read_text()
+
+SIZES = {
+    "135M": ModelSize(134_515_008, 3_540_672, 30, 576, 49_152),  # SmolLM2
+    "1.7B": ModelSize(1_711_376_384, 67_112_960, 24, 2_048, 49_152),  # SmolLM2
+    "7B": ModelSize(6_738_415_616, 202_383_360, 32, 4_096, 32_000),  # Llama 2
+}
+
+
+def keys_of(section: type[BaseModel], start: str = "") -> set[str]:
+    """Every key of a section and of those in it; entries of a list are numbered N."""
+    found = set()
+    for name, field in section.model_fields.items():
+        found.add(f"{start}{name}")
+        for inner, prefix in _sections_in(field.annotation):
+            found |= keys_of(inner, f"{start}{name}.{prefix}")
+    return found
+
+
+def _sections_in(annotation: Any) -> list[tuple[type[BaseModel], str]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, "")]
+    many = getattr(annotation, "__origin__", None) is tuple
+    found = [each for argument in get_args(annotation) for each in _sections_in(argument)]
+    return [(section, "N." if many else prefix) for section, prefix in found]
+
+
+def unknown_keys(page: str) -> set[str]:
+    """Settings that a page names and that do not exist."""
+    keys = keys_of(RunSettings)
+    tops = {key.split(".")[0] for key in keys}
+    dotted = set(re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", page))
+    dotted = {name for name in dotted if name.split(".")[0] in tops and not name.endswith(".py")}
+    table = re.search(r"\| setting \| bounds \|\n(.*?)\n\n", page, flags=re.S)
+    named = re.findall(
+        r"`([^`]+)`", "".join(line.split("|")[1] for line in table.group(1).splitlines()) if table else ""
+    )
+    return {*dotted, *named} - keys
+
+
+def test_only_settings_that_exist_are_named() -> None:
+    assert {"tenants.N.tune.lora_rank", "rounds.max_norm"} <= keys_of(RunSettings)
+    assert unknown_keys(PAGE) == set()
+    wrong = "`rounds.retries` `tune.stepps` `tune.py`\n| setting | bounds |\n|---|---|\n"
+    wrong += "| `tenants_at_a_time`, `registry` | |\n\n"
+    assert unknown_keys(wrong) == {"rounds.retries", "tune.stepps", "tenants_at_a_time"}
+
+
+def test_the_quickstarts_settings_make_a_run() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
+    run = parse(RunSettings, yaml.safe_load(block))
+    check_aggregation(run)
+    assert (len(run.tenants), run.rounds.count) == (4, 2)
+
+
+def test_scripts_and_image_are_there() -> None:
+    scripts = {name.removeprefix("jobs/") for name in re.findall(r"(?:python |`(?:jobs/)?)(\w+\.py)", PAGE)}
+    assert len(scripts) == 5
+    assert scripts == {path.name for path in (PROJECT / "jobs").glob("*.py")}
+    assert set(re.findall(r"registry\.example\.com/\S+", PAGE)) == {IMAGE}
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f}" if count < 1e10 else f"{count / 1e9:.0f}"
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| (\S+), (\w+) \| (\w+) \| (.*) \|$", PAGE, flags=re.M), ids=" ".join)
+def test_figures_are_those_of_the_preflight(row: tuple[str, ...]) -> None:
+    size, dtype, method, shown = row
+    data = {"path": "rows.jsonl"}
+    values = {
+        "model": {"path": "model", "dtype": dtype},
+        "public": data,
+        "tune": {"method": method},
+        "rounds": {"count": 3},
+        "aggregation": {"method": "svd" if method == "lora" else "mean"},
+        "tenants": [{"name": f"tenant-{number}", "train": data, "test": data} for number in range(8)],
+    }
+    needs = run_needs(parse(RunSettings, values), SIZES[size])
+    counts = (needs.object_store, needs.disk, needs.owner.total, needs.data_owners["tenant-0"].total)
+    assert shown.split(" | ") == [_gigabytes(count) for count in counts]
+
+
+def test_there_are_figures() -> None:
+    assert len(re.findall(r"^\| \S+, \w+ \| (?:layers|lora) \|", PAGE, flags=re.M)) == 5
