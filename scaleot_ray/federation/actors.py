@@ -104,6 +104,9 @@ class Actors:
             end({actor.pid for actor in self.living if actor.pid is not None}, _UNWIND_SECONDS)
         for actor in self.living:
             stop(actor.handle)
+        for actor in self.living:
+            if actor.pid is not None:  # killed by us instead, Ray would print that it died
+                wait_for_end(actor.pid, _UNWIND_SECONDS)
         # Told to end, not ended yet; and an actor that was still starting has not told us its process.
         end_marked(ACTORS, self.mark)
         self.living.clear()

@@ -36,8 +36,6 @@ class Measuring:
     def possible(self) -> list[Work]:
         """What could be measured now: before a delta is there, the rows of the full model."""
         state = self._state
-        if not state.settings.evaluator:
-            return []
         return [
             measuring(state.settings, state.needs, tenant.settings, partial(self._measure, tenant))
             for tenant in state.tenants
@@ -46,10 +44,10 @@ class Measuring:
 
     def is_over(self) -> bool:
         """Whether every data owner that has a delta is measured."""
-        return not self._state.settings.evaluator or all(self._has_all(tenant) for tenant in self._state.tenants)
+        return all(self._has_all(tenant) for tenant in self._state.tenants)
 
     def _has_all(self, tenant: Tenant) -> bool:
-        return tenant.has_rows(self._rows_of(tenant))
+        return not tenant.measured or tenant.has_rows(self._rows_of(tenant))
 
     def _rows_of(self, tenant: Tenant) -> tuple[str, ...]:
         """What is to be measured of a data owner by now."""

@@ -39,14 +39,17 @@ class Phases:
         actors, settings, tenants = self.state.actors, self.state.settings, self.state.tenants
         self._start_coordinator()
         built = self._build()
-        recipients = [data_owner(tenant.name) for tenant in tenants]
-        if settings.evaluator:
-            recipients += [evaluator(tenant.name) for tenant in tenants]
+        for tenant in tenants:
+            tenant.token = actors.ask_coordinator("admit", tenant.name, tenant.settings.model_dump(mode="json"))
+            # Of one that was revoked nothing is measured any more; what a cancelled one submitted counts.
+            known = tenant.token is not None or actors.ask_coordinator("entry", tenant.name) is not None
+            tenant.measured = settings.evaluator and known
+        recipients = [data_owner(tenant.name) for tenant in tenants if tenant.token is not None]
+        recipients += [evaluator(tenant.name) for tenant in tenants if tenant.measured]
         actors.ask_coordinator("publish", recipients)
         actors.between = self._administer  # there is a registry now
         for tenant in tenants:
-            tenant.token = actors.ask_coordinator("admit", tenant.name, tenant.settings.model_dump(mode="json"))
-            if settings.evaluator:
+            if tenant.measured:
                 actors.ask_coordinator("declare_evaluator", tenant.name, self.state.rows_bytes[tenant.name])
         self._rounds.run()
         if settings.aggregation is not None:

@@ -29,6 +29,7 @@ class Tenant:
         submitted: the latest round that has its delta.
         attempts: how often its tuning was started in the round under way.
         left_out: why nothing more is expected of it in the round under way.
+        measured: an evaluator measures its rows.
         entry: what the coordinator has of it, once that will not change any more.
         table: the evaluator's rows so far.
         seconds: ``tune`` and ``evaluate``.
@@ -41,6 +42,7 @@ class Tenant:
     submitted: int = 0
     attempts: int = 0
     left_out: ScaleOTError | None = None
+    measured: bool = False
     entry: Entry | None = None
     table: TenantTable | None = None
     seconds: dict[str, float] = field(default_factory=dict)

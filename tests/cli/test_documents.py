@@ -27,6 +27,7 @@ EXAMPLES: dict[str, type[Settings]] = {
     "evaluate.yaml": EvaluateSettings,
     "two_owners.yaml": RunSettings,
     "rounds.yaml": RunSettings,
+    "cluster.yaml": RunSettings,
     "multiple_choice.yaml": RunSettings,
 }
 PAGES = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -89,6 +90,7 @@ def test_commands_in_the_text_exist(path: Path) -> None:
         "--entrypoint-num-cpus",
         "--num-cpus",
         "--object-store-memory",
+        "--labels",
         "--dashboard-agent-listen-port",
     }
     assert options - elsewhere <= declared_options() | {"--version"}
