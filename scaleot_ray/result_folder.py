@@ -7,6 +7,7 @@ into it, and Ray deletes it when it is no longer used, so results there would be
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,14 @@ from pydantic import AfterValidator
 # What Ray puts into the environment of a job, and what it calls the folder of its copies.
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _COPIES = "working_dir_files"
+
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_uri(text: str) -> bool:
+    """Whether a setting names a place by a URI and no folder."""
+    return _URI.match(text) is not None
 
 
 def _outlives_the_job(folder: str) -> str:
@@ -26,5 +35,12 @@ def _outlives_the_job(folder: str) -> str:
     return str(Path(folder).expanduser())  # a shell does that for options; in YAML it is left to us
 
 
+def _folder_outlives_the_job(place: str) -> str:
+    return place if is_uri(place) else _outlives_the_job(place)
+
+
 ResultFolder = Annotated[str, AfterValidator(_outlives_the_job)]
 """The setting of such a folder; :func:`scaleot_ray.config.parse` turns the refusal into a ConfigError."""
+
+ResultPlace = Annotated[str, AfterValidator(_folder_outlives_the_job)]
+"""The setting of such a folder, or of a URI."""

@@ -16,8 +16,11 @@ from scaleot_ray.artifacts.artifact import altered
 from scaleot_ray.artifacts.directory import check_listing, open_inside
 from scaleot_ray.artifacts.manifest import CHECKSUM_FILE, MANIFEST_FILE, Manifest
 from scaleot_ray.artifacts.raw_bytes import DTYPES, raw_bytes
-from scaleot_ray.artifacts.storage import about, entries_by_file, read_manifest
+from scaleot_ray.artifacts.storage import about, entries_by_file, read_files, read_manifest
 from scaleot_ray.artifacts.tensor_file import check_tensor_file, fill, tensor_offsets
+from scaleot_ray.errors import ArtifactRefused
+
+_VERIFIED_VALUES = 1 << 20  # held at a time
 
 
 class StoredArtifact:
@@ -46,6 +49,20 @@ class StoredArtifact:
                 with open_inside(self.directory, name) as (file, size):
                     check_tensor_file(file, size, name, entries)
                 self._offsets |= tensor_offsets(entries)
+
+    def verify(self) -> None:
+        """Reads all of it once, and keeps nothing.
+
+        Raises:
+            ArtifactRefused: a tensor or a file is not what the manifest says; names the directory, and it.
+        """
+        for name, entry in self.manifest.tensors.items():
+            try:
+                for _ in self.pieces(name, _VERIFIED_VALUES):
+                    pass
+            except ArtifactRefused as error:
+                raise ArtifactRefused(f"{error.problem.removesuffix('.')} (in {entry.file}).", error.remedy) from None
+        read_files(self.directory, self.manifest)
 
     def pieces(self, name: str, values: int) -> Iterator[torch.Tensor]:
         """A tensor's values in row-major order, at most ``values`` of them at a time.

@@ -23,6 +23,9 @@ from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest, 
 from scaleot_ray.artifacts.tensor_file import read_tensor_file, tensor_file_header, write_tensor_file
 from scaleot_ray.errors import ArtifactRefused
 
+CHECKSUM_BYTES = 64 + len(f"  {MANIFEST_FILE}\n")
+"""Size of ``manifest.sha256``: the digest in hex, and what ``sha256sum`` writes after it."""
+
 _BLOCK = 4096
 _REMEDY = "Fetch the artefact again from its sender; if it is refused again, do not use it."
 

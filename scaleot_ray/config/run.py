@@ -13,7 +13,7 @@ from scaleot_ray.config.placement import Labels, PlacementSettings
 from scaleot_ray.config.rounds import RoundSettings
 from scaleot_ray.config.settings import Number, Settings
 from scaleot_ray.config.tune import TuneSettings
-from scaleot_ray.result_folder import ResultFolder
+from scaleot_ray.result_folder import ResultFolder, ResultPlace
 
 
 class TenantSettings(Settings):
@@ -75,6 +75,11 @@ class RunSettings(OwnerSettings):
     registry: str | None = Field(
         None,
         description="folder of the registry, on a disk of this machine; default: coordinator/ in output",
+    )
+    artifacts: ResultPlace | None = Field(
+        None,
+        description="folder or URI (s3://bucket/folder, gs://, abfss://, hdfs://, file:///) that accepted deltas and "
+        "aggregates are kept in; default: coordinator/ in output",
     )
     evaluate_examples: int | None = Field(
         None, ge=1, description="at most so many test rows or blocks per tenant, and so many for validation"

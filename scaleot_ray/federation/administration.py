@@ -17,6 +17,7 @@ from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.config import RoundSettings
 from scaleot_ray.errors import ConfigError, RunFailed, ScaleOTError
+from scaleot_ray.federation.artifact_location import Location
 from scaleot_ray.federation.folder import FolderHeld, RunFolder
 from scaleot_ray.federation.round_keeper import RoundKeeper
 from scaleot_ray.stages.record import read_record, write_record
@@ -49,6 +50,7 @@ def carry_out(request: Request, keeper: RoundKeeper) -> list[int]:
     Raises:
         ConfigError: there is no such data owner, or it was cancelled or revoked before.
         ArtifactRefused: a delta that an aggregate is made of is damaged.
+        ResourcesMissing: where artefacts are kept does not answer; asked once more, it goes on.
     """
     if request.action == "revoke":
         return keeper.revoke(request.tenant, request.reason)
@@ -66,7 +68,7 @@ def administer(folder: RunFolder, request: Request, seconds: float = 300.0) -> l
 
     Raises:
         ConfigError: no run has been here, or as :func:`carry_out`.
-        ArtifactRefused: as :func:`carry_out`.
+        ArtifactRefused, ResourcesMissing: as :func:`carry_out`.
         RunFailed: the run that is under way does not answer.
     """
     registry = registry_of(folder)
@@ -97,10 +99,25 @@ def registry_of(folder: RunFolder) -> Path:
 def note_registry(folder: RunFolder, registry: str | None) -> Path:
     """Notes where a run's registry is, for whoever asks later; requests that nobody answered before are dropped."""
     place = Path(registry).expanduser().absolute() if registry is not None else folder.coordinator
-    write_record(folder.coordinator / "registry.json", {"registry": str(place)})
+    _note(folder, "registry", str(place))
     for path in folder.requests.glob("*.json"):
         path.unlink(missing_ok=True)
     return place
+
+
+def note_artifacts(folder: RunFolder, artifacts: str | None) -> None:
+    """Notes the setting that says where a run keeps artefacts, for its coordinator."""
+    _note(folder, "artifacts", artifacts)
+
+
+def artifacts_of(folder: RunFolder) -> Location | None:
+    """Where a run that begins is to keep artefacts; None: where it has so far.
+
+    Raises:
+        ConfigError: as :meth:`Location.of`.
+    """
+    noted = read_record(folder.coordinator / "registry.json").get("artifacts")
+    return Location.of(noted) if noted is not None else None
 
 
 def pending(folder: RunFolder) -> list[tuple[str, Request]]:
@@ -120,6 +137,11 @@ def reply(folder: RunFolder, name: str, changed: list[int] | ScaleOTError) -> No
     if isinstance(changed, ScaleOTError):
         values = {"problem": changed.problem, "remedy": changed.remedy}
     write_record(folder.requests / f"{name}.answer.json", values)
+
+
+def _note(folder: RunFolder, key: str, value: str | None) -> None:
+    path = folder.coordinator / "registry.json"
+    write_record(path, {**read_record(path), key: value})
 
 
 def _ask(folder: RunFolder, request: Request, seconds: float) -> list[int]:

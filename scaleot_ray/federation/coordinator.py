@@ -31,13 +31,14 @@ from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.table import TenantTable
-from scaleot_ray.federation.administration import Request, carry_out
+from scaleot_ray.federation.administration import Request, artifacts_of, carry_out
 from scaleot_ray.federation.events import Events
 from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.intake import Sent
 from scaleot_ray.federation.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.registry import PlugIn, Round
 from scaleot_ray.federation.role import Role
-from scaleot_ray.federation.round_keeper import RoundKeeper, Sent
+from scaleot_ray.federation.round_keeper import RoundKeeper
 from scaleot_ray.federation.table_gate import unpack_table
 from scaleot_ray.progress import Progress
 from scaleot_ray.stages.record import write_record
@@ -145,6 +146,7 @@ class Coordinator(Role):
         Raises:
             ArtifactRefused: the artefact is damaged, or is an emulator that hides nothing; the audit log
                 says so too.
+            ConfigError, ResourcesMissing: as :class:`RoundKeeper`.
         """
         with self._recording_refusal(MODEL_OWNER, DATA_OWNERS, "emulator"):
             # The gate verifies.
@@ -304,7 +306,9 @@ class Coordinator(Role):
         return Opened(found, self._keeper.taking_part(found.number), self._keeper.is_last(found.number))
 
     def _open(self, emulator: Any) -> None:
-        charge = self._charge
+        charge, artifacts = self._charge, artifacts_of(self._folder)
+        if artifacts is not None:
+            artifacts.check()  # this process may have other credentials than the driver, which has looked before
         self._opened = RoundKeeper(
             emulator,
             self._folder.emulator,
@@ -314,6 +318,7 @@ class Coordinator(Role):
             charge.rounds,
             charge.aggregation,
             charge.weights,
+            artifacts,
         )
 
     def _share(self, artifact: Artifact) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from scaleot_ray.config import RunSettings
@@ -18,7 +17,7 @@ from scaleot_ray.federation.needs import RAY, Needs, run_needs
 from scaleot_ray.federation.node_check import look_at_owner, look_at_tenants
 from scaleot_ray.federation.nodes import living_nodes
 from scaleot_ray.federation.placement import Placement, check_labels, check_places
-from scaleot_ray.federation.preflight import check_disk, preflight
+from scaleot_ray.federation.preflight import check_storage, preflight
 from scaleot_ray.federation.schedule import MachineSchedule, Schedule
 from scaleot_ray.federation.session import Session, local_ray, ray_is_given
 from scaleot_ray.federation.works import all_works
@@ -130,7 +129,7 @@ def on_cluster(
             check_labels(settings, nodes)
         owner = look_at_owner(settings)
         needs = run_needs(settings, owner.size)
-        check_disk(Path(settings.output), needs)
+        check_storage(settings, needs)
         if not placement.autoscaling:
             check_places(all_works(settings, needs), needs.emulator, nodes)
         rows_bytes = look_at_tenants(settings, owner)

@@ -6,7 +6,8 @@
     model_owner/           stage-1 results; stay with the owner
     tenants/NAME/delta/    artefact: what NAME sends back; metrics/ beside it
     evaluator/NAME/        rows measured with both secrets, where an evaluator is declared
-    coordinator/DIGEST/    what came back for the emulator of this digest: registry, deltas, aggregates
+    coordinator/DIGEST/    what came back for the emulator of this digest: registry, deltas, aggregates (of which only
+                           those in use, where the setting artifacts names another place)
     coordinator/tables/    rows that evaluators have sent
     coordinator/requests/  what an administrator asks of a run that is under way
     audit.jsonl            one line for every crossing
@@ -129,10 +130,19 @@ class RunFolder:
         # Whatever is renamed into place last has such a name before. The folder may be one that the user
         # keeps other things in, so only what a run itself makes is looked at.
         left = [path for path in self.path.glob(".*") if _LEFT_AT_THE_TOP.fullmatch(path.name)]
+        _remove(left)
         for own in _OWN:
-            left += [path for path in (self.path / own).rglob(".*") if _LEFT_INSIDE.fullmatch(path.name)]
-        for path in left:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            clear_unfinished(self.path / own)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed left half-written in a folder; nobody may be writing to it."""
+    _remove([path for path in folder.rglob(".*") if _LEFT_INSIDE.fullmatch(path.name)])
+
+
+def _remove(left: list[Path]) -> None:
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from scaleot_ray.config import RunSettings, StageOneSettings, TuneSettings
 from scaleot_ray.families.size import ModelSize
+from scaleot_ray.result_folder import is_uri
 
 PROCESS = 450 << 20
 """Bytes of an actor that has imported torch and transformers and holds no weights yet."""
@@ -44,7 +45,8 @@ class Needs:
     Attributes:
         emulator: size of the emulator artefact, at most.
         object_store: shared memory that holds the emulator once and every delta twice.
-        disk: everything that is written, with room to replace an artefact by its successor.
+        disk: everything that is written to output, with room to replace an artefact by its successor.
+        kept: accepted deltas and aggregates of all rounds, where ``artifacts`` names a folder or a URI; else 0.
         owner: the model owner's build.
         data_owners: tuning, by tenant.
         evaluators: measuring and tuning the full model, by tenant; empty without an evaluator.
@@ -53,6 +55,7 @@ class Needs:
     emulator: int
     object_store: int
     disk: int
+    kept: int
     owner: Memory
     data_owners: dict[str, Memory]
     evaluators: dict[str, Memory]
@@ -67,6 +70,13 @@ def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
     tunes = {tenant.name: settings.tune_of(tenant) for tenant in settings.tenants}
     trained = {name: trained_parameters(tune, settings.emulator.plug_in_layers, size) for name, tune in tunes.items()}
     deltas = sum(4 * count for count in trained.values())
+    # The coordinator keeps what was submitted in every round, and every aggregate with its optimizer's state.
+    round_of = deltas + (6 * max(trained.values()) * 4 if settings.aggregation else 0)
+    kept, apart = settings.rounds.count * round_of, settings.artifacts
+    if apart is not None and is_uri(apart):
+        here = min(settings.rounds.count, 2) * round_of  # fetched: the round under way, and the one before
+    else:
+        here = kept if apart is None else 0
     return Needs(
         emulator=emulator,
         object_store=emulator + emulator // 16 + 2 * deltas + STORE_ROOM,
@@ -76,8 +86,8 @@ def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
         + 2 * 12 * harmonizers
         + size.layers * 2 * size.width * size.width * 4
         + sum(4 * 12 * count for count in trained.values())
-        # The coordinator keeps what was submitted in every round, and every aggregate with its optimizer's state.
-        + settings.rounds.count * (deltas + (6 * max(trained.values()) * 4 if settings.aggregation else 0)),
+        + here,
+        kept=kept if apart is not None else 0,
         owner=Memory(PROCESS + 2 * full, _stage_one_work(stage_one, harmonizers, size)),
         data_owners={
             name: Memory(PROCESS + _training(trained[name], weight), activations(tune, size))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.federation.artifact_location import Location
+from scaleot_ray.federation.artifact_store import KEY
 from scaleot_ray.federation.machine import Machine, free_disk
 from scaleot_ray.federation.needs import RAY, Memory, Needs
 from scaleot_ray.plugin.aggregation import check_fits_tuning
@@ -21,10 +23,23 @@ def preflight(settings: RunSettings, needs: Needs, machine: Machine) -> None:
 
     Raises:
         ResourcesMissing: names what was asked for, what is there, and the setting to change.
+        ConfigError: the place of ``artifacts`` cannot be written to.
     """
     check_processors(settings, machine)
     check_memory(settings, needs, machine)
+    check_storage(settings, needs)
+
+
+def check_storage(settings: RunSettings, needs: Needs) -> None:
+    """Whether there is room for what is written, and the place of artefacts can be written to.
+
+    Raises:
+        ResourcesMissing: a disk is too full.
+        ConfigError: the place of ``artifacts`` cannot be written to.
+    """
     check_disk(Path(settings.output), needs)
+    if settings.artifacts is not None:
+        check_artifacts(settings.artifacts, needs)
 
 
 def check_aggregation(settings: RunSettings) -> None:
@@ -121,12 +136,29 @@ def check_disk(output: Path, needs: Needs) -> None:
     Raises:
         ResourcesMissing: it does not.
     """
-    there = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) if output.is_dir() else 0
-    wanted, free = needs.disk - there, free_disk(output)
+    _check_room("output", "artefacts and checkpoints", output, needs.disk)
+
+
+def check_artifacts(artifacts: str, needs: Needs) -> None:
+    """The place where deltas and aggregates are kept must take files, and a folder's disk must hold them.
+
+    Raises:
+        ConfigError: it cannot be reached, or not be written to.
+        ResourcesMissing: its disk is too small.
+    """
+    location = Location.of(artifacts)
+    location.check()
+    if location.filesystem is None:
+        _check_room(KEY, "deltas and aggregates", Path(location.path), needs.kept)
+
+
+def _check_room(key: str, what: str, folder: Path, needed: int) -> None:
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    wanted, free = needed - there, free_disk(folder)
     if wanted > free:
         raise ResourcesMissing(
-            f"output: artefacts and checkpoints need up to {_gb(wanted)} in {output}, {_gb(free)} are free.",
-            "Free some room, or set output to a folder on another disk.",
+            f"{key}: {what} need up to {_gb(wanted)} in {folder}, {_gb(free)} are free.",
+            f"Free some room, or set {key} to a folder on another disk.",
         )
 
 

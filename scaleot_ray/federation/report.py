@@ -137,7 +137,7 @@ class RunReport:
         if self.aggregate is None:
             return None
         made = self.aggregate
-        return {"round": made.round, "digest": made.digest, "directory": str(made.folder), "settings": made.settings}
+        return {"round": made.round, "digest": made.digest, "directory": made.folder, "settings": made.settings}
 
     def _emulator(self) -> dict[str, Any]:
         content = emulator_content(self.emulator)

@@ -1,15 +1,13 @@
 """Rounds on one emulator: who takes part, what is let in, what becomes of it. All of it is on disk.
 
 What the coordinator's actor does, as plain calls: nothing here knows of Ray, and nothing is kept in memory
-that the registry and the folders beside it do not have.
+that the registry and the artefact store do not have.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,44 +16,13 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.delta_gate import ANY_START
-from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
-from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
+from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings
-from scaleot_ray.errors import ArtifactRefused, ConfigError
-from scaleot_ray.federation.registry import (
-    AGGREGATE,
-    NewPlugIn,
-    NewSubmission,
-    PlugIn,
-    Registry,
-    Round,
-    Submission,
-    TenantState,
-)
-from scaleot_ray.plugin.aggregation import ServerState, aggregate, contributions
-
-REFUSALS_READ = 100
-"""Refused submissions of one sender, after which nothing more of it is looked at: checking costs time."""
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What a data owner sends at the end of its tuning.
-
-    Attributes:
-        tenant: who it says it is.
-        token: what it was given when it was admitted.
-        round: it was tuned in.
-        delta, metrics: give the artefacts, or raise what is wrong with their form.
-        data_digest: HMAC of its data under its own key.
-    """
-
-    tenant: str
-    token: str
-    round: int
-    delta: Callable[[], Artifact]
-    metrics: Callable[[], Artifact]
-    data_digest: str | None = None
+from scaleot_ray.federation.aggregates import Aggregates, in_use
+from scaleot_ray.federation.artifact_location import Location, open_store
+from scaleot_ray.federation.intake import Intake, Sent
+from scaleot_ray.federation.registry import AGGREGATE, NewPlugIn, PlugIn, Registry, Round, Submission, TenantState
 
 
 class RoundKeeper:
@@ -64,14 +31,16 @@ class RoundKeeper:
     Args:
         emulator: manifest of the emulator.
         place: where the emulator lies.
-        folder: for deltas and aggregates, on any disk.
+        folder: for deltas and aggregates, on any disk; where ``artifacts`` is another place, for those in use.
         registry: folder of the registry, on a disk of this machine.
         audit: log of what crosses.
         rounds, aggregation: sections of the run's settings.
         weights: of the data owners in the aggregate, by name; 1 for those that are not in it.
+        artifacts: where deltas and aggregates are kept; default: where they have been so far, at first ``folder``.
 
     Raises:
-        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.registry.Registry`.
+        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.registry.Registry` and
+            :func:`~scaleot_ray.federation.artifact_location.open_store`.
     """
 
     def __init__(
@@ -84,13 +53,19 @@ class RoundKeeper:
         rounds: RoundSettings,
         aggregation: AggregationSettings | None,
         weights: Mapping[str, float],
+        artifacts: Location | None = None,
     ) -> None:
         self.emulator, self.rounds, self.aggregation = emulator, rounds, aggregation
-        self._audit, self._weights = audit, dict(weights)
-        self._folder = folder / emulator.digest()[:16]
-        self.registry = Registry(registry / emulator.digest()[:16] / "registry.sqlite")
-        self.registry.add_emulator(emulator, place)
-        self._refused: dict[str, int] = {}
+        self._audit, own = audit, emulator.digest()[:16]
+        self.registry = Registry(registry / own / "registry.sqlite")
+        try:
+            self.registry.add_emulator(emulator, place)
+            self._store = open_store(artifacts, self.registry, own, folder / own)
+        except BaseException:
+            self.registry.close()
+            raise
+        self._aggregates = Aggregates(emulator, self.registry, self._store)
+        self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights)
 
     def __enter__(self) -> RoundKeeper:
         return self
@@ -131,7 +106,7 @@ class RoundKeeper:
             return self.begin(names)
         elif past and past[-1].state in ("open", "failed"):
             return rounds.reopen(past[-1].number, taking, quorum, deadline)
-        elif len(self._aggregated()) >= self.rounds.count:
+        elif len(self._aggregates.rounds()) >= self.rounds.count:
             return None
         start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
         digest = start.digest if start is not None else None
@@ -139,7 +114,7 @@ class RoundKeeper:
 
     def is_last(self, number: int) -> bool:
         """Whether no round follows this one in the run; without an aggregate, none ever does."""
-        return self.aggregation is None or len(self._aggregated() | {number}) >= self.rounds.count
+        return self.aggregation is None or len(self._aggregates.rounds() | {number}) >= self.rounds.count
 
     def taking_part(self, number: int) -> dict[str, bool]:
         """Who takes part in a round, and whether it has submitted; of those that are not admitted, who has."""
@@ -164,27 +139,8 @@ class RoundKeeper:
         self.registry.rounds.end_part(number, tenant, "failed", reason)
 
     def take(self, sent: Sent) -> Submission:
-        """Takes what a data owner sends through the gate into the registry; sent twice, it counts once.
-
-        Returns:
-            The submission, which is on the disk now.
-
-        Raises:
-            ArtifactRefused: the data owner is not admitted or its token is wrong, one of the artefacts is not
-                what it says or not what may cross, or no round takes it; audit log and registry say so too.
-        """
-        if self._refused.get(sent.tenant, 0) >= REFUSALS_READ:
-            raise ArtifactRefused(
-                f"{REFUSALS_READ} submissions of {sent.tenant!r} were refused; no more of them are looked at.",
-                "Begin the run again once its data owner sends what `tune` wrote.",
-            )
-        try:
-            self._recording(sent.tenant, lambda: self.registry.tenants.check_sender(sent.tenant, sent.token))
-            return self._take(sent)
-        except ArtifactRefused as error:
-            self._refused[sent.tenant] = self._refused.get(sent.tenant, 0) + 1
-            self.registry.tenants.refuse(sent.tenant, error.problem)
-            raise
+        """Takes what a data owner sends; see :meth:`Intake.take`."""
+        return self._intake.take(sent)
 
     def end(self, number: int) -> Round:
         """Closes a round and makes its plug-ins, unless it stays below its quorum; again, it changes nothing.
@@ -201,8 +157,9 @@ class RoundKeeper:
                 return self.registry.rounds.get(number)
             results = [NewPlugIn(one.tenant, one.digest, one.folder, {}, [one]) for one in counted]
             if self.aggregation is not None:
-                results.append(self._aggregate(number, counted, self.aggregation, self._base(number)))
+                results.append(self._aggregates.make(number, counted, self.aggregation))
             self.registry.plug_ins.finish_round(number, results)
+            self._store.release({one.digest for one in results})
         return self.registry.rounds.get(number)
 
     def set_state(self, tenant: str, state: TenantState, reason: str) -> None:
@@ -232,19 +189,15 @@ class RoundKeeper:
         for found in self.registry.rounds.all():
             if found.state != "finished" and self.registry.rounds.find_part(found.number, tenant) is not None:
                 self.registry.rounds.withdraw(found.number, tenant, withdrawn)
-        changed = []
-        for one in self.registry.plug_ins.all():
-            if one.state != "active" or one.name != AGGREGATE:
-                continue
-            was_in = any(part.tenant == tenant for part in self.registry.plug_ins.made_from(one))
-            if was_in or _began(one) != self._base(one.round):
-                self._remake(one.round, tenant, withdrawn)
-                changed.append(one.round)
+        changed = self._aggregates.withdraw(tenant, withdrawn)
         # Last, so that a revocation that was cut short finds what is left to do.
         for one in self.registry.plug_ins.of(tenant):
             if one.state == "active":
                 self.registry.plug_ins.revoke(tenant, one.round, withdrawn)
-        self._drop_unused()
+        used = in_use(self.registry, self.rounds.staleness)
+        for digest in self._store.digests():
+            if digest not in used:
+                self._store.remove(digest)
         return changed
 
     def submitted(self, tenant: str, number: int | None = None) -> Submission | None:
@@ -263,156 +216,8 @@ class RoundKeeper:
         """A delta that was submitted, or an aggregate, on its way to someone; recorded as a crossing."""
         return self._on_its_way(digest, recipient)
 
-    def _take(self, sent: Sent) -> Submission:
-        began = self._start_of(sent.round)
-        delta = self._read(sent.tenant, "delta", sent.delta)
-        find = self.registry.submissions.find
-        before = self._recording(
-            sent.tenant, lambda: find(sent.tenant, delta.digest, sent.round, self.rounds.staleness), delta
-        )
-        if before is not None:
-            return before
-        cross(delta, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self.emulator, start=began)
-        metrics = self._read(sent.tenant, "metrics", sent.metrics)
-        cross(metrics, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self.emulator)
-        assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
-        place = self._place(delta.digest)
-        new = not place.exists()
-        if new:
-            write_artifact(delta, place)
-        norm = contributions([(sent.tenant, place, 1.0)], self._place(began) if began is not None else None)[0].norm()
-        if self.rounds.max_norm is not None and norm > self.rounds.max_norm:
-            if new:  # else it counts in an earlier round
-                shutil.rmtree(place)
-            raise ArtifactRefused(
-                f"the delta's norm is {norm:.4g}, above rounds.max_norm={self.rounds.max_norm:g}.",
-                "Lower tune.learning_rate or tune.steps, or raise rounds.max_norm.",
-            )
-        return self.registry.submissions.add(
-            NewSubmission(
-                tenant=sent.tenant,
-                tuned_round=sent.round,
-                digest=delta.digest,
-                folder=place,
-                bytes=delta.nbytes,
-                norm=norm,
-                weight=self._weights.get(sent.tenant, 1.0),
-                metrics=dict(metrics.manifest.content.values),
-                data_digest=sent.data_digest,
-            ),
-            self.rounds.staleness,
-        )
-
-    def _read(self, tenant: str, kind: Kind, read: Callable[[], Artifact]) -> Artifact:
-        """What a data owner sent, if it is of that kind."""
-
-        def of_kind() -> Artifact:
-            artifact = read()
-            if artifact.manifest.kind != kind:
-                raise ArtifactRefused(
-                    f"{data_owner(tenant)} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
-                    "Send what `tune` wrote.",
-                )
-            return artifact
-
-        return self._recording(tenant, of_kind, kind=kind)
-
-    def _recording(
-        self, tenant: str, check: Callable[[], Any], delta: Artifact | None = None, kind: Kind = "delta"
-    ) -> Any:
-        """What a check gives; where it refuses, the audit log has a line, as it has of what the gate refuses."""
-        try:
-            return check()
-        except ArtifactRefused as error:
-            size, digest = (delta.nbytes, delta.digest) if delta is not None else (0, "")
-            self._audit.record(
-                data_owner(tenant), MODEL_OWNER, kind, size, digest, decision="refused", reason=error.problem
-            )
-            raise
-
-    def _start_of(self, number: int) -> str | None:
-        """Digest of what a round began with; a round that there is not is refused later, by its number."""
-        return next((one.start for one in self.registry.rounds.all() if one.number == number), None)
-
-    def _place(self, digest: str) -> Path:
-        return self._folder / "deltas" / digest
-
     def _on_its_way(self, digest: str, recipient: str) -> Artifact:
-        artifact = read_artifact(self._place(digest), expected_kind="delta", verify=False)  # the gate verifies
+        # The gate verifies.
+        artifact = read_artifact(self._store.fetch(digest), expected_kind="delta", verify=False)
         cross(artifact, MODEL_OWNER, recipient, self._audit, parent=self.emulator, start=ANY_START)
         return artifact
-
-    def _aggregate(
-        self, number: int, counted: Sequence[Submission], settings: AggregationSettings, base: str | None
-    ) -> NewPlugIn:
-        """One delta of a round's submissions, from the aggregate ``base`` of the round before on."""
-        late = {}
-        for one in counted:
-            # What it began with is the base, unless it was late, or the base was made anew since without someone.
-            began = self._start_of(one.tuned_round)
-            if began != base:
-                late[one.tenant] = self._place(began) if began is not None else None
-        states = self._folder / "server"
-        before = states / f"{number - 1}.safetensors"
-        carried = settings.server != "none" and base is not None and before.exists()
-        made = aggregate(
-            [(one.tenant, one.folder, one.weight) for one in counted],
-            settings,
-            self._place(base) if base is not None else None,
-            ServerState.read(before) if carried else None,
-            late,
-        )
-        if made.state is not None:
-            states.mkdir(parents=True, exist_ok=True)
-            made.state.write(states / f"{number}.safetensors")
-        artifact = made.delta.to_artifact(self.emulator, base)
-        place = self._place(artifact.digest)
-        if not place.exists():
-            write_artifact(artifact, place)
-        how = {**settings.model_dump(mode="json"), "clipped": made.clipped, "lost": made.lost}
-        return NewPlugIn(AGGREGATE, artifact.digest, place, how, counted)
-
-    def _aggregated(self) -> set[int]:
-        """Rounds that have an aggregate; those of runs without aggregation are not among rounds.count."""
-        return {one.round for one in self.registry.plug_ins.of(AGGREGATE)}
-
-    def _base(self, number: int) -> str | None:
-        """Digest of the aggregate in force of the latest round before this one that has one."""
-        found = [one for one in self.registry.plug_ins.of(AGGREGATE) if one.state == "active" and one.round < number]
-        return max(found, key=lambda one: one.round).digest if found else None
-
-    def _remake(self, number: int, without: str, reason: str) -> None:
-        """Makes the aggregate of a finished round anew from what counts of it, or withdraws it where nothing does."""
-        (made,) = [one for one in self.registry.plug_ins.of(AGGREGATE, number) if one.state == "active"]
-        counted = [one for one in self.registry.plug_ins.made_from(made) if one.tenant != without]
-        how = {key: value for key, value in made.settings.items() if key in AggregationSettings.model_fields}
-        try:
-            new = self._aggregate(number, counted, AggregationSettings(**how), self._base(number))
-        except ConfigError:  # nobody is left, or too few for this way of aggregating
-            self.registry.plug_ins.revoke(AGGREGATE, number, reason)
-            (self._folder / "server" / f"{number}.safetensors").unlink(missing_ok=True)
-            return
-        self.registry.plug_ins.replace(number, new, reason)
-
-    def _drop_unused(self) -> None:
-        """Removes the artefacts that nothing in force was made from or began with."""
-        registry = self.registry
-        used = {one.digest for one in registry.plug_ins.all() if one.state == "active"}
-        revoked = {one.name for one in registry.tenants.all() if one.state == "revoked"}
-        rounds = registry.rounds.all()
-        for one in rounds:
-            kept = [found for found in registry.submissions.of_round(one.number) if found.tenant not in revoked]
-            used |= {found.digest for found in kept}
-            used |= {start for found in kept if (start := self._start_of(found.tuned_round)) is not None}
-        # What is under way, may go on, or may still be submitted late began with these.
-        used |= {one.start for one in rounds[-1 - self.rounds.staleness :] if one.start is not None}
-        for place in (self._folder / "deltas").glob("*"):
-            if place.name not in used and not place.name.startswith("."):
-                shutil.rmtree(place)
-
-
-def _began(plug_in: PlugIn) -> str | None:
-    """Digest of the aggregate that another one was made on top of."""
-    content = read_manifest(plug_in.folder).content
-    assert isinstance(content, DeltaContent)  # Manifest ties content to kind
-    return content.start

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scaleot_ray.config import DataSettings, RunSettings
 from scaleot_ray.federation.actors import Actors
+from scaleot_ray.federation.administration import note_artifacts
 from scaleot_ray.federation.environment import look_here, on_cluster, on_this_machine
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.phases import Phases
@@ -17,6 +18,7 @@ from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.run_state import RunState, Tenant
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress
+from scaleot_ray.result_folder import is_uri
 
 _AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."
 
@@ -55,6 +57,7 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
             there = stack.enter_context(on_this_machine(settings, facts, debug, listen))
         else:
             there = stack.enter_context(on_cluster(settings, debug, listen, on_progress))
+        note_artifacts(folder, settings.artifacts)
         started = time.monotonic() - start
         actors = stack.enter_context(Actors(there.session, memory, on_progress, there.place))
         tenants = [Tenant(tenant) for tenant in settings.tenants]
@@ -89,9 +92,10 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
         for tenant in settings.tenants
     )
     output = str(Path(settings.output).expanduser().absolute())
-    return settings.model_copy(
-        update={"model": model, "public": data(settings.public), "tenants": tenants, "output": output}
-    )
+    update = {"model": model, "public": data(settings.public), "tenants": tenants, "output": output}
+    if settings.artifacts is not None and not is_uri(settings.artifacts):
+        update["artifacts"] = str(Path(settings.artifacts).absolute())
+    return settings.model_copy(update=update)
 
 
 def _absolute(path: str) -> str:

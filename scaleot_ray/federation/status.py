@@ -64,4 +64,4 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
 def _plug_in(found: PlugIn | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    return {"round": found.round, "version": found.version, "digest": found.digest, "directory": str(found.folder)}
+    return {"round": found.round, "version": found.version, "digest": found.digest, "directory": found.folder}

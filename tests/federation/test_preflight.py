@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scaleot_ray.config import ModelSettings, TuneSettings
-from scaleot_ray.errors import ResourcesMissing
+from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
 from scaleot_ray.federation.machine import Machine, this_machine, usable_memory
 from scaleot_ray.federation.needs import activations, run_needs, trained_parameters
@@ -80,6 +81,34 @@ def test_disk_counts_what_is_there_already(tmp_path: Path, monkeypatch: pytest.M
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2 << 40)
     check_disk(tmp_path, replace(needs, disk=2 << 40))
+
+
+def test_artefacts_kept_elsewhere_need_a_place_that_takes_them(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = write_tiny_run(tmp_path, artifacts=f"{tmp_path}/file/kept")
+    size = model_size(settings.model)
+    with pytest.raises(ConfigError, match=r"artifacts: .*/file/kept cannot be written to") as caught:
+        preflight(settings, run_needs(settings, size), LARGE)
+    assert "Set artifacts to a place" in caught.value.remedy
+    settings = settings.model_copy(update={"artifacts": f"{tmp_path}/kept"})
+    needs = run_needs(settings, size)
+    preflight(settings, needs, LARGE)
+    with pytest.raises(ResourcesMissing, match=r"artifacts: deltas and aggregates need up to .* in .*/kept"):
+        preflight(settings, replace(needs, kept=10**18), LARGE)
+    with (tmp_path / "kept" / "sparse").open("wb") as file:  # what is there from an earlier start
+        file.truncate(2 << 40)
+    preflight(settings, replace(needs, kept=2 << 40), LARGE)
+
+
+def test_of_artefacts_kept_elsewhere_two_rounds_are_here(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"rounds": {"count": 5}, "aggregation": {}}
+    here, folder, uri = (
+        run_needs(write_tiny_run(tmp_path, artifacts=place, **changes), SEVEN_B)
+        for place in (None, str(tmp_path / "kept"), f"file://{tmp_path}/kept")
+    )
+    assert (here.kept, folder.kept) == (0, uri.kept)
+    assert here.disk - folder.disk == folder.kept
+    assert uri.disk - folder.disk == folder.kept * 2 // 5 > 0
 
 
 def test_needs_follow_the_settings(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.federation.administration import note_registry
+from scaleot_ray.federation.artifact_location import Location
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.round_keeper import RoundKeeper, Sent
+from scaleot_ray.federation.intake import Sent
+from scaleot_ray.federation.round_keeper import RoundKeeper
 from scaleot_ray.stages.build import build
 from scaleot_ray.tuning.delta import Delta
 from tests.tiny_run import write_tiny_run
@@ -55,13 +57,14 @@ class TinyDeltas:
         return Artifact.made_from(self.emulator.manifest, "metrics", MetricsContent(values={"emulator_tuned": value}))
 
 
-def ended_run(tiny: TinyDeltas, folder: Path) -> RunFolder:
+def ended_run(tiny: TinyDeltas, folder: Path, artifacts: str | None = None) -> RunFolder:
     """The folder of a run that has ended: one round of ann and ben, and its aggregate; no actor was there."""
     run = RunFolder(folder / "run")
     run.path.mkdir()
     run.emulator.symlink_to(tiny.folder / "emulator")
     registry, audit = note_registry(run, str(folder / "elsewhere")), AuditLog(run.audit)
-    settings = (RoundSettings(), AggregationSettings(), dict[str, float]())
+    location = Location.of(artifacts) if artifacts is not None else None
+    settings = (RoundSettings(), AggregationSettings(), dict[str, float](), location)
     with RoundKeeper(tiny.emulator.manifest, run.emulator, run.coordinator, registry, audit, *settings) as keeper:
         tokens = {name: keeper.admit(name, {}) for name in ("ann", "ben")}
         keeper.begin(list(tokens))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import scaleot_ray
@@ -21,14 +20,14 @@ class NewPlugIn:
 
     Attributes:
         name: its data owner, or :data:`~scaleot_ray.federation.registry.records.AGGREGATE`.
-        digest, folder: of the delta's artefact.
+        digest, folder: of the delta's artefact; its folder, or its URI.
         settings: how it was made.
         made_from: the submissions that went into it.
     """
 
     name: str
     digest: str
-    folder: Path
+    folder: str
     settings: dict[str, Any]
     made_from: Sequence[Submission]
 
@@ -107,7 +106,7 @@ class PlugIns:
             version,
             number,
             new.digest,
-            str(new.folder),
+            new.folder,
             json.dumps(new.settings),
             scaleot_ray.__version__,
             self._clock(),

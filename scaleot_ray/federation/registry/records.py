@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 AGGREGATE = "aggregate"
@@ -78,7 +77,7 @@ class NewSubmission:
     Attributes:
         tenant: whose.
         tuned_round: it was tuned in.
-        digest, folder, bytes: of the delta's artefact.
+        digest, folder, bytes: of the delta's artefact; its folder, or its URI where the setting artifacts is one.
         norm: length of the change.
         weight: in the aggregate, before shares are made of the weights.
         metrics: numbers that came with it.
@@ -88,7 +87,7 @@ class NewSubmission:
     tenant: str
     tuned_round: int
     digest: str
-    folder: Path
+    folder: str
     bytes: int
     norm: float
     weight: float
@@ -117,7 +116,7 @@ class PlugIn:
         name: its data owner, or :data:`AGGREGATE`.
         version: from 1; a rebuilt aggregate is a new version of the same round.
         round: it is the result of.
-        digest, folder: of the delta's artefact; the folder of a revoked one is gone.
+        digest, folder: of the delta's artefact, as of a submission; that of a revoked one is gone.
         state: ``active`` or ``revoked``; ``reason``: why.
         settings: how it was made.
         code_version: of the program that made it.
@@ -128,7 +127,7 @@ class PlugIn:
     version: int
     round: int
     digest: str
-    folder: Path
+    folder: str
     state: Literal["active", "revoked"]
     reason: str | None
     settings: dict[str, Any]
@@ -153,9 +152,9 @@ def part_of(row: sqlite3.Row) -> Part:
 
 def submission_of(row: sqlite3.Row) -> Submission:
     """A row of ``submissions``."""
-    return Submission(**{**dict(row), "folder": Path(row["folder"]), "metrics": json.loads(row["metrics"])})
+    return Submission(**{**dict(row), "metrics": json.loads(row["metrics"])})
 
 
 def plug_in_of(row: sqlite3.Row) -> PlugIn:
     """A row of ``plug_ins``."""
-    return PlugIn(**{**dict(row), "folder": Path(row["folder"]), "settings": json.loads(row["settings"])})
+    return PlugIn(**{**dict(row), "settings": json.loads(row["settings"])})

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 
 from scaleot_ray.artifacts.manifest import Manifest
@@ -71,6 +72,32 @@ class Registry:
                 manifest.library_version,
                 self._clock(),
             )
+
+    def identity(self) -> str:
+        """A random name that stays with the file wherever it is moved; another registry has another."""
+        with self._database.writing():
+            self._database.execute("INSERT INTO meta VALUES ('identity', ?) ON CONFLICT DO NOTHING", token_hex(8))
+        return self._noted("identity")
+
+    def artifacts(self) -> str:
+        """The setting that says where its artefacts are kept; empty where none ever did."""
+        return self._noted("artifacts")
+
+    def note_artifacts(self, text: str, place: str) -> None:
+        """Records where its artefacts are kept from now on.
+
+        Args:
+            text: the setting.
+            place: what has a folder for each artefact, named by its digest.
+        """
+        with self._database.writing():
+            self._database.execute("INSERT OR REPLACE INTO meta VALUES ('artifacts', ?)", text)
+            for table in ("submissions", "plug_ins"):
+                self._database.execute(f"UPDATE {table} SET folder = ? || '/' || digest", place)
+
+    def _noted(self, key: str) -> str:
+        row = self._database.row("SELECT value FROM meta WHERE key = ?", key)
+        return str(row["value"]) if row else ""
 
     def emulator(self) -> tuple[str, Path] | None:
         """Digest and folder of the emulator that was added last; None where there is none yet."""

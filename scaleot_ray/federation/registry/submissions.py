@@ -83,7 +83,7 @@ class Submissions:
                 new.tenant,
                 new.tuned_round,
                 new.digest,
-                str(new.folder),
+                new.folder,
                 new.bytes,
                 new.norm,
                 new.weight,

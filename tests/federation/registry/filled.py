@@ -32,4 +32,4 @@ def filled(path: Path, names: str = "ann ben cas", clock: Clock | None = None) -
 def delta_of(tenant: str, number: int = 1, digest: str | None = None, weight: float = 1.0) -> NewSubmission:
     """What a data owner submits in a round."""
     digest = digest or f"{tenant}{number}".encode().hex().ljust(64, "0")
-    return NewSubmission(tenant, number, digest, Path("deltas") / digest, 1000, 0.5, weight, {"loss": 2.0}, "e" * 64)
+    return NewSubmission(tenant, number, digest, f"deltas/{digest}", 1000, 0.5, weight, {"loss": 2.0}, "e" * 64)

@@ -145,7 +145,7 @@ from pathlib import Path
 from scaleot_ray.federation.registry import NewSubmission, Registry
 registry = Registry(Path(sys.argv[1]))
 for tenant in registry.tenants.all():
-    registry.submissions.add(NewSubmission(tenant.name, 1, tenant.name, Path("delta"), 1000, 0.5, 1.0, {}, None))
+    registry.submissions.add(NewSubmission(tenant.name, 1, tenant.name, "delta", 1000, 0.5, 1.0, {}, None))
     print(tenant.name, flush=True)  # the acknowledgement
 """
 

@@ -27,7 +27,7 @@ def result(registry: Registry, name: str, number: int, digest: str | None = None
     made_from = [one for one in registry.submissions.of_round(number) if one.tenant != without]
     if name != AGGREGATE:
         made_from = [one for one in made_from if one.tenant == name]
-    return NewPlugIn(name, digest or f"{name}-{number}", Path("plug-ins") / name, {"method": "mean"}, made_from)
+    return NewPlugIn(name, digest or f"{name}-{number}", f"plug-ins/{name}", {"method": "mean"}, made_from)
 
 
 def whole_round(registry: Registry, names: list[str] = ALL) -> int:
