@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class FilesystemStore(ArtifactStore):
 
     def has(self, digest: str) -> bool:
         """See :meth:`ArtifactStore.has`."""
-        with self._in_words("read"):
+        with self._in_words("cannot be read"):
             found = self._filesystem.get_file_info(self._at(f"deltas/{digest}/{CHECKSUM_FILE}"))
         # Where a file shows while it is being written, it may have stayed short.
         return bool(found.type == FileType.File and found.size == CHECKSUM_BYTES)
@@ -94,8 +95,7 @@ class FilesystemStore(ArtifactStore):
         name = f"deltas/{digest}/{MANIFEST_FILE}"
         if not self.has(digest):
             raise ArtifactRefused(f"{KEY}: {self.place(digest)} is missing, or not whole.", _DAMAGED)
-        with self._in_words("read"), self._filesystem.open_input_stream(self._at(name), compression=None) as stream:
-            data = stream.read(MANIFEST_LIMIT + 1)
+        data = b"".join(islice(self._blocks(name), MANIFEST_LIMIT // _BLOCK + 1))  # one that is longer is refused
         try:
             manifest = parse_manifest(data)
         except ArtifactRefused as error:
@@ -106,7 +106,7 @@ class FilesystemStore(ArtifactStore):
 
     def digests(self) -> list[str]:
         """See :meth:`ArtifactStore.digests`."""
-        with self._in_words("listed"):
+        with self._in_words("cannot be listed"):
             found = self._filesystem.get_file_info(FileSelector(self._at("deltas"), allow_not_found=True))
         return [one.base_name for one in found if one.type == FileType.Directory]
 
@@ -114,7 +114,7 @@ class FilesystemStore(ArtifactStore):
         """See :meth:`ArtifactStore.remove`."""
         shutil.rmtree(self._cache / digest, ignore_errors=True)
         self._remove_file(f"deltas/{digest}/{CHECKSUM_FILE}")  # first, so that half of it is no artefact
-        with self._in_words("removed"):
+        with self._in_words("cannot be removed"):
             try:
                 self._filesystem.delete_dir(self._at(f"deltas/{digest}"))
             except FileNotFoundError:
@@ -134,7 +134,7 @@ class FilesystemStore(ArtifactStore):
 
     def state(self, number: int) -> ServerState | None:
         """See :meth:`ArtifactStore.state`."""
-        with self._in_words("read"):
+        with self._in_words("cannot be read"):
             there = self._filesystem.get_file_info(self._at(_state(number))).type == FileType.File
         if not there:
             return None
@@ -158,7 +158,7 @@ class FilesystemStore(ArtifactStore):
     def _upload(self, source: Path, name: str) -> None:
         """Writes a file and reads it back: what is acknowledged afterwards must be there."""
         path, digest = self._at(name), hashlib.sha256()
-        with source.open("rb") as file, self._in_words("written"):
+        with source.open("rb") as file, self._in_words("cannot be written"):
             make_folder(self._filesystem, path.rpartition("/")[0])
             with self._filesystem.open_output_stream(path, compression=None) as sink:
                 while block := file.read(_BLOCK):
@@ -177,7 +177,7 @@ class FilesystemStore(ArtifactStore):
                 file.write(block)
 
     def _blocks(self, name: str) -> Iterator[Any]:
-        with self._in_words("read"):
+        with self._in_words("cannot be read"):
             try:
                 stream = self._filesystem.open_input_stream(self._at(name), compression=None)
             except FileNotFoundError as error:
@@ -187,7 +187,7 @@ class FilesystemStore(ArtifactStore):
                     yield block
 
     def _remove_file(self, name: str) -> None:
-        with self._in_words("removed"):
+        with self._in_words("cannot be removed"):
             # Asked for first: object stores do not say whether what they removed was there, others raise.
             if self._filesystem.get_file_info(self._at(name)).type == FileType.File:
                 self._filesystem.delete_file(self._at(name))
@@ -211,12 +211,12 @@ class FilesystemStore(ArtifactStore):
             raise ArtifactRefused(f"{KEY}: {problem}", _DAMAGED) from None
 
     @contextmanager
-    def _in_words(self, done: str) -> Iterator[None]:
+    def _in_words(self, problem: str) -> Iterator[None]:
         """The file system's errors as one with a remedy."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise ResourcesMissing(f"{KEY}: {self._name} cannot be {done} ({first_line(error)}).", _GONE) from error
+            raise ResourcesMissing(f"{KEY}: {self._name} {problem} ({first_line(error)}).", _GONE) from error
 
 
 def make_folder(filesystem: FileSystem, path: str) -> None:

@@ -190,6 +190,9 @@ def test_a_missing_file_and_another_artefact_are_refused(remote: Remote) -> None
         ArtifactRefused, match=r"^artifacts: faulty://store/one/deltas/\w+/tensors\.safetensors is missing"
     ):
         store.fetch(artifact.digest)
+    remote.file(artifact.digest, "manifest.json").unlink()
+    with pytest.raises(ArtifactRefused, match=r"^artifacts: faulty://store/one/deltas/\w+/manifest\.json is missing"):
+        store.fetch(artifact.digest)
     for path in remote.file(other.digest, "").iterdir():
         path.rename(remote.file(artifact.digest, path.name))
     with pytest.raises(ArtifactRefused, match=r"manifest\.json was altered: its digest is another"):
