@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from packaging.version import Version
 
+from scaleot_ray.federation.nodes import Node
 from tests.cli.command import PROJECT
 
 FOLDER = PROJECT / "cluster" / "kuberay"
@@ -92,6 +93,7 @@ def pods(documents: list[Document]) -> list[Pod]:
 def wrong_kinds(documents: list[Document]) -> Iterator[str]:
     """Kinds, versions of the API, names, labels."""
     versions = {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "PersistentVolumeClaim": "v1"}
+    versions["PodMonitor"] = "monitoring.coreos.com/v1"
     for document in documents:
         kind, metadata = document["kind"], document["metadata"]
         if document["apiVersion"] != versions.get(kind):
@@ -138,7 +140,7 @@ def wrong_token(documents: list[Document]) -> Iterator[str]:
 
 
 def wrong_resources(documents: list[Document]) -> Iterator[str]:
-    """Requests equal limits; GPUs where the group says so; object store below memory; fixed sizes."""
+    """Requests equal limits; GPUs where the group says so; object store below memory; fixed sizes; labels."""
     for pod in pods(documents):
         resources = pod.container["resources"]
         if resources["requests"] != resources["limits"]:
@@ -158,6 +160,8 @@ def wrong_resources(documents: list[Document]) -> Iterator[str]:
             yield f"{pod.where}: the object store takes more than half of the memory"
         if any(not isinstance(value, str) for value in pod.group["rayStartParams"].values()):
             yield f"{pod.where}: rayStartParams must be text"
+        if "labels" in pod.group["rayStartParams"]:
+            yield f"{pod.where}: KubeRay refuses labels in rayStartParams"
         if not pod.head and not pod.group["minReplicas"] <= pod.group["replicas"] <= pod.group["maxReplicas"]:
             yield f"{pod.where}: replicas"
 
@@ -200,6 +204,19 @@ def wrong_storage(documents: list[Document]) -> Iterator[str]:
         yield "two heads share a block device"
 
 
+def wrong_monitor(documents: list[Document]) -> Iterator[str]:
+    """A PodMonitor that chooses every pod, by the labels of the manifests and of KubeRay, and its port of that name."""
+    for monitor in of_kind(documents, "PodMonitor"):
+        wanted = dict(monitor["spec"]["selector"]["matchLabels"])
+        if wanted.pop("ray.io/is-ray-node", None) != "yes":
+            yield "the monitor looks at pods that are not Ray's"
+        for pod in pods(documents):
+            if not wanted.items() <= pod.group["template"]["metadata"]["labels"].items():
+                yield f"{pod.where}: the monitor does not see it"
+        if [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] != ["metrics"]:
+            yield "the monitor looks at another port"
+
+
 def wrong_job(document: Document) -> Iterator[str]:
     """A RayJob that Kueue may hold back, that is tried again and that clears away its cluster."""
     spec = document["spec"]
@@ -214,9 +231,11 @@ def wrong_job(document: Document) -> Iterator[str]:
     command, script, config = shlex.split(spec["entrypoint"])
     if command != "python" or not _script(script).is_file():
         yield f"{script} is not in the image"
-    claims = pods([document])[0].claims
-    if mount_of(config, claims) != "/shared":
+    head = pods([document])[0]
+    if mount_of(config, head.claims) != "/shared":
         yield f"{config} is not on the shared storage"
+    if head.group["rayStartParams"].get("num-cpus") != "0":
+        yield "parts of the run may be put on the head"
 
 
 def wrong_places(document: Document, paths: dict[str, str], registry: str) -> Iterator[str]:
@@ -227,13 +246,25 @@ def wrong_places(document: Document, paths: dict[str, str], registry: str) -> It
         paths: the run's paths, by key.
         registry: the setting.
     """
-    claims = pods([document])[0].claims
+    head, *workers = pods([document])
     for key, path in paths.items():
-        if mount_of(path, claims) != "/shared":
+        if any(mount_of(path, pod.claims) != "/shared" for pod in (head, *workers)):
             yield f"{key}: {path} is not on the shared storage"
-    place = mount_of(registry, claims)
+    place = mount_of(registry, head.claims)
     if place in (None, "/shared"):
         yield f"registry: {registry} is not on the block device"
+
+
+def nodes(document: Document) -> list[Node]:
+    """The nodes of a RayJob's cluster, with what KubeRay tells Ray that each has."""
+    found = []
+    for pod in pods([document]):
+        limits, parameters = pod.container["resources"]["limits"], pod.group["rayStartParams"]
+        cpus, gpus = float(parameters.get("num-cpus", limits["cpu"])), float(limits.get(GPU, 0))
+        memory, store = bytes_of(limits["memory"]), int(parameters["object-store-memory"])
+        node = Node(pod.where, pod.where, pod.group.get("labels", {}), cpus, gpus, memory, store, cpus, gpus, memory)
+        found += [node] * pod.group.get("replicas", 1)
+    return found
 
 
 def mount_of(path: str, claims: dict[str, str]) -> str | None:

@@ -13,18 +13,28 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from scaleot_ray.config import DataSettings, RunSettings, load_yaml
-from scaleot_ray.federation.machine import Machine
-from scaleot_ray.federation.preflight import check_aggregation, check_processors
+from scaleot_ray.errors import ResourcesMissing
+from scaleot_ray.federation.needs import run_needs
+from scaleot_ray.federation.placement import check_labels, check_places
+from scaleot_ray.federation.preflight import check_aggregation
+from scaleot_ray.federation.works import all_works
 from tests.cluster import manifests
 from tests.cluster.manifests import FOLDER, GPU, Document, of_kind, pods
 from tests.cluster.pins import IMAGE, RAY
+from tests.cluster.sizes import SIZES
 from tests.test_project import PYPROJECT
 
 
 def problems(documents: list[Document]) -> list[str]:
     """All that is wrong."""
     found = [*manifests.wrong_kinds(documents), *manifests.wrong_versions(documents, IMAGE, RAY)]
-    for check in (manifests.wrong_token, manifests.wrong_resources, manifests.wrong_user, manifests.wrong_storage):
+    for check in (
+        manifests.wrong_token,
+        manifests.wrong_resources,
+        manifests.wrong_user,
+        manifests.wrong_storage,
+        manifests.wrong_monitor,
+    ):
         found += check(documents)
     for job in of_kind(documents, "RayJob"):
         found += manifests.wrong_job(job)
@@ -51,6 +61,10 @@ def _gpu(documents: list[Document]) -> Any:
 
 def _job(documents: list[Document]) -> Any:
     return of_kind(documents, "RayJob")[0]["spec"]
+
+
+def _monitor(documents: list[Document]) -> Any:
+    return of_kind(documents, "PodMonitor")[0]["spec"]
 
 
 def _forget(of: dict[str, Any], key: str) -> None:
@@ -89,6 +103,7 @@ BROKEN: dict[str, Callable[[list[Document]], Any]] = {
         "rayStartParams"
     ].update({"object-store-memory": str(48 << 30)}),
     "rayStartParams must be text": lambda all: _gpu(all)["rayStartParams"].update({"num-gpus": 1}),
+    "KubeRay refuses labels": lambda all: _gpu(all)["rayStartParams"].update(labels="site=owner"),
     "scaleot, gpu: replicas": lambda all: _gpu(all).update(replicas=9),
     "may run as root": lambda all: _head(all)["securityContext"].update(runAsUser=0),
     "may become root": lambda all: _forget(_head(all)["containers"][0]["securityContext"], "allowPrivilegeEscalation"),
@@ -110,9 +125,17 @@ BROKEN: dict[str, Callable[[list[Document]], Any]] = {
     "two heads share": lambda all: _job(all)["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"][
         1
     ].update(persistentVolumeClaim={"claimName": "scaleot-registry"}),
+    "not Ray's": lambda all: _forget(_monitor(all)["selector"]["matchLabels"], "ray.io/is-ray-node"),
+    "scaleot, head: the monitor does not see it": lambda all: _monitor(all)["selector"]["matchLabels"].update(
+        {"app.kubernetes.io/component": "gpu-worker"}
+    ),
+    "another port": lambda all: _monitor(all)["podMetricsEndpoints"][0].update(port="dashboard"),
     "Kueue cannot hold it back": lambda all: _forget(_job(all), "suspend"),
     "its cluster stays": lambda all: _job(all).update(shutdownAfterJobFinishes=False),
     "it is not tried again": lambda all: _forget(_job(all), "backoffLimit"),
+    "may be put on the head": lambda all: _forget(
+        _job(all)["rayClusterSpec"]["headGroupSpec"]["rayStartParams"], "num-cpus"
+    ),
     "clusterSelector": lambda all: _job(all).update(clusterSelector={"ray.io/cluster": "scaleot"}),
     "federated.py is not in the image": lambda all: _job(all).update(
         entrypoint="python /opt/scaleot/jobs/federated.py /shared/run.yaml"
@@ -158,6 +181,7 @@ def _paths(run: RunSettings) -> dict[str, str]:
 
 def test_the_jobs_settings_fit_together_and_lie_on_storage_that_stays(job: Document, run: RunSettings) -> None:
     check_aggregation(run)
+    assert run.environment == "cluster"
     assert run.registry is not None
     assert list(manifests.wrong_places(job, _paths(run), run.registry)) == []
     assert len(run.tenants) >= 4
@@ -172,11 +196,43 @@ def test_settings_elsewhere_are_caught(job: Document, run: RunSettings) -> None:
     ]
 
 
-def test_the_jobs_pod_has_what_its_settings_ask_for(job: Document, run: RunSettings) -> None:
-    limits = pods([job])[0].container["resources"]["limits"]
-    cpus, gpus = int(limits["cpu"]), int(limits[GPU])
-    check_processors(run, Machine(cpus, gpus, 0, None))
-    assert run.tenants_at_once is not None
-    largest = sorted((tenant.gpus for tenant in run.tenants), reverse=True)[: run.tenants_at_once]
-    assert sum(largest) <= gpus
-    assert sum(sorted((tenant.cpus for tenant in run.tenants), reverse=True)[: run.tenants_at_once]) <= cpus
+def _look(run: RunSettings, job: Document) -> None:
+    """Looks at the job's nodes as the run does before it starts, for a model of 7B parameters."""
+    there, needs = manifests.nodes(job), run_needs(run, SIZES["7B"])
+    check_labels(run, there)
+    check_places(all_works(run, needs), needs.emulator, there)
+
+
+def test_the_jobs_nodes_have_what_its_settings_ask_for(job: Document, run: RunSettings) -> None:
+    _look(run, job)
+    assert [node.gpus for node in manifests.nodes(job)] == [0, 1, 1, 1]
+    assert {label for tenant in run.tenants for label in tenant.node_labels.items()} == {("site", "tenants")}
+
+
+def _limits(job: Document, group: int) -> Any:
+    spec = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][group]["template"]["spec"]
+    return spec["containers"][0]["resources"]["limits"]
+
+
+LACKING: dict[str, Callable[[Document], Any]] = {
+    r"placement\.owner_labels: no node of this cluster has site=owner": lambda job: _forget(
+        job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0], "labels"
+    ),
+    r"tenants\.0\.node_labels: no node of this cluster has site=tenants": lambda job: job["spec"]["rayClusterSpec"][
+        "workerGroupSpecs"
+    ][1].update(labels={"site": "tenant"}),
+    r"data owner alice asks for 8 processors, 1 GPUs": lambda job: _limits(job, 1).pop(GPU),
+    r"data owner carol asks for .* 40\.0 GB of memory": lambda job: _limits(job, 1).update(memory="32Gi"),
+    r"model owner asks for .* 44\.6 GB of memory": lambda job: _limits(job, 0).update(memory="40Gi"),
+    r"scaleot-run, tenants, whose object store has 8\.6 GB": lambda job: job["spec"]["rayClusterSpec"][
+        "workerGroupSpecs"
+    ][1]["rayStartParams"].update({"object-store-memory": str(8 << 30)}),
+}
+
+
+@pytest.mark.parametrize("problem", LACKING)
+def test_what_the_jobs_nodes_lack_is_caught(job: Document, run: RunSettings, problem: str) -> None:
+    lacking = deepcopy(job)
+    LACKING[problem](lacking)
+    with pytest.raises(ResourcesMissing, match=problem):
+        _look(run, lacking)

@@ -49,6 +49,15 @@ def without_token(values: dict[str, Any]) -> list[str]:
     return found
 
 
+def without_labels(values: dict[str, Any]) -> list[str]:
+    """Kinds of workers that no setting of a run could name."""
+    if values["provider"]["type"] == "local":  # Ray gives labels of node types to machines of a cloud alone
+        starts = [each for each in values["worker_start_ray_commands"] if "ray start" in each]
+        return [each for each in starts if "--labels" not in each]
+    types = values["available_node_types"].items()
+    return [name for name, kind in types if name != values["head_node_type"] and not kind.get("labels")]
+
+
 def test_one_for_machines_of_ones_own_and_one_for_a_cloud() -> None:
     assert {name: config(name)["provider"]["type"] for name in FILES} == {"on_premises": "local", "aws": "aws"}
 
@@ -85,6 +94,19 @@ def test_a_node_without_the_token_is_caught(name: str) -> None:
         "the token is written out",
         "the dashboard listens to everyone",
     }
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_workers_have_labels(name: str) -> None:
+    assert without_labels(config(name)) == []
+
+
+def test_a_worker_without_labels_is_caught() -> None:
+    cloud, own = config("aws"), config("on_premises")
+    del cloud["available_node_types"]["gpu_worker"]["labels"]
+    own["worker_start_ray_commands"] = ["ray start --address=$RAY_HEAD_IP:6379"]
+    assert without_labels(cloud) == ["gpu_worker"]
+    assert without_labels(own) == own["worker_start_ray_commands"]
 
 
 def test_versions_are_those_of_the_image() -> None:
