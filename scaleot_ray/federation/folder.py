@@ -11,6 +11,7 @@
     coordinator/tables/    rows that evaluators have sent
     coordinator/requests/  what an administrator asks of a run that is under way
     audit.jsonl            one line for every crossing
+    run.log                one line for everything that happens
     report.json            the result
 """
 

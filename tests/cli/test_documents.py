@@ -81,7 +81,7 @@ def test_commands_in_the_text_exist(path: Path) -> None:
     known = {command.name for command in app.registered_commands}
     text = path.read_text()
     assert set(re.findall(r"`?scaleot ([a-z]+)", text)) <= known
-    others = r"^(?:ray|podman|kubectl|openssl|export) (?:.*\\\n)*.*$|`(?:ray|kubectl|docker) [^`]+`"
+    others = r"^(?:ray|podman|kubectl|openssl|export|curl) (?:.*\\\n)*.*$|`(?:ray|kubectl|docker|prometheus) [^`]+`"
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", text, flags=re.M)))
     elsewhere = {
         "--help",
@@ -92,6 +92,7 @@ def test_commands_in_the_text_exist(path: Path) -> None:
         "--object-store-memory",
         "--labels",
         "--dashboard-agent-listen-port",
+        "--metrics-export-port",
     }
     assert options - elsewhere <= declared_options() | {"--version"}
 

@@ -10,19 +10,16 @@ import yaml
 from pydantic import BaseModel
 
 from scaleot_ray.config import RunSettings, parse
-from scaleot_ray.families.size import ModelSize
 from scaleot_ray.federation.needs import run_needs
+from scaleot_ray.federation.placement import check_labels
 from scaleot_ray.federation.preflight import check_aggregation
 from tests.cli.command import PROJECT
 from tests.cluster.pins import IMAGE
+from tests.cluster.sizes import SIZES
+from tests.cluster.test_dashboard import exported
+from tests.federation.test_placement import node
 
 PAGE = (PROJECT / "docs" / "administration.md").read_text()
-
-SIZES = {
-    "135M": ModelSize(134_515_008, 3_540_672, 30, 576, 49_152),  # SmolLM2
-    "1.7B": ModelSize(1_711_376_384, 67_112_960, 24, 2_048, 49_152),  # SmolLM2
-    "7B": ModelSize(6_738_415_616, 202_383_360, 32, 4_096, 32_000),  # Llama 2
-}
 
 
 def keys_of(section: type[BaseModel], start: str = "") -> set[str]:
@@ -65,10 +62,35 @@ def test_only_settings_that_exist_are_named() -> None:
 
 
 def test_the_quickstarts_settings_make_a_run() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
-    run = parse(RunSettings, yaml.safe_load(block))
+    here, more = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S))
+    run = parse(RunSettings, here)
     check_aggregation(run)
     assert (len(run.tenants), run.rounds.count) == (4, 2)
+    labels = {"node_labels": yaml.safe_load(*re.findall(r"`node_labels: ({.*?})`", PAGE))}
+    spread = parse(RunSettings, {**here, **more, "tenants": [{**tenant, **labels} for tenant in here["tenants"]]})
+    started = re.findall(r"^ray start .*--labels (\S+)=(\S+)", PAGE, flags=re.M)
+    check_labels(spread, [node(labels={name: value}) for name, value in started])
+
+
+def metrics_of(page: str) -> dict[str, set[str]]:
+    """The metrics that a page lists, with their tags."""
+    rows = re.findall(r"^\| (`ray_scaleot_.*?) \| (.*?) ?\| .* \|$", page, flags=re.M)
+    return {name: set(re.findall(r"`(\w+)`", tags)) for names, tags in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_metrics_are_those_of_a_run() -> None:
+    there = exported()
+    assert all("run" in tags for tags in there.values())
+    assert metrics_of(PAGE) == {name: tags - {"run"} for name, tags in there.items()}
+    for metric, tags in re.findall(r"^(ray_scaleot_\w+)\{(.*)\} [\d.]+$", PAGE, flags=re.M):
+        assert set(re.findall(r"(\w+)=", tags)) == there[metric]
+
+
+def test_a_metric_that_is_gone_or_has_other_tags_is_noticed() -> None:
+    wrong = PAGE.replace("| `ray_scaleot_round` | |", "| `ray_scaleot_rounds` | |").replace("| `state` |", "| `end` |")
+    found = metrics_of(wrong)
+    assert found.keys() ^ exported().keys() == {"ray_scaleot_round", "ray_scaleot_rounds"}
+    assert found["ray_scaleot_round_seconds_sum"] == {"end"}
 
 
 def test_scripts_and_image_are_there() -> None:
