@@ -168,6 +168,23 @@ def collate(examples: Sequence[TokenExample], pad_id: int, vocab_size: int | Non
     return _side_by_side([_pack(example, vocab_size) for example in examples], pad_id)
 
 
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches one below the other, filled up on the right to the longest; one stays as it is.
+
+    What fills up is masked out and has no label, so that no row's loss depends on the others.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    time = max(batch["input_ids"].shape[1] for batch in batches)
+    whole = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
+    fillers = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {name: torch.cat([_filled(batch[name], time, value) for batch in whole]) for name, value in fillers.items()}
+
+
+def _filled(values: Tensor, time: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, time - values.shape[1]), value=value)
+
+
 def _pack(example: TokenExample, vocab_size: int | None) -> _Packed:
     check_vocabulary(example.input_ids, vocab_size)
     # A list of Python integers takes five times as much, and thousands of examples wait in the buffer.

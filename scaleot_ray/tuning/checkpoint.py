@@ -99,6 +99,25 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         ) from error
 
 
+def resumable(path: Path, run: Mapping[str, Any], resume: bool) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, or None where it begins; the place for it is there then.
+
+    Args:
+        path: of the checkpoint.
+        run: what the run is of.
+        resume: False begins in any case.
+
+    Raises:
+        ConfigError: no file can be written at ``path``, or the one there is of another run.
+        RunFailed: the file there is damaged.
+    """
+    prepare_place(path)
+    saved = read_checkpoint(path) if resume else None
+    if saved is not None:
+        check_same_run(saved.run, run, path)
+    return saved
+
+
 def check_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     """Refuses a checkpoint of another run.
 

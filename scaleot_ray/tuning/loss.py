@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from scaleot_ray.data.batches import Batch
+from scaleot_ray.data.batches import Batch, stacked
 from scaleot_ray.data.examples import IGNORED
 from scaleot_ray.families.head import HeadPositions
 
@@ -27,10 +28,15 @@ class LabelledLoss:
 
     def __call__(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """The summed loss of ``batch``, a 0-d tensor of at least fp32; ``batch`` may be on the CPU."""
+        return self.each([batch], device)[0]
+
+    def each(self, batches: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
+        """The summed losses of several batches, one forward pass for the rows of all of them."""
+        batch = stacked(batches)
         labels = batch["labels"]
         # On the CPU where batches are made, so that a GPU need not be waited for.
         positions = labelled_positions(labels)
-        targets = labels.reshape(-1)[positions + 1]
+        targets = labels.reshape(-1)[positions + 1].to(device, non_blocking=True)
         mask = batch.get("attention_mask")
         with self._head.at(positions.to(device, non_blocking=True)):
             logits = self._model(
@@ -40,7 +46,9 @@ class LabelledLoss:
             ).logits
         logits = logits.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, targets.to(device, non_blocking=True), reduction="sum")
+        counts = [labelled_tokens(each) for each in batches]
+        parts = zip(logits.split(counts), targets.split(counts), strict=True)
+        return [nn.functional.cross_entropy(own, wanted, reduction="sum") for own, wanted in parts]
 
     def close(self) -> None:
         """Takes the hook off the model."""

@@ -63,18 +63,14 @@ class PlugInMethod(ABC):
         Raises:
             ConfigError: the model carries a plug-in already, or has no layer at one of ``positions``.
         """
-        if model in _ATTACHED:
-            raise ConfigError(
-                "The model carries a plug-in already.", "Take it off first: unplug() or detach() what is on the model."
-            )
         count = len(family.layers(model))
         if not positions or sorted(set(positions)) != list(positions) or positions[0] < 0 or positions[-1] >= count:
             raise ConfigError(
                 f"Plug-in layers {list(positions)}: expected ascending depths between 0 and {count - 1}.",
                 "Take the positions from the emulator's manifest.",
             )
+        claim(model)
         self._model = model
-        _ATTACHED.add(model)
         self._required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             model.requires_grad_(False)
@@ -112,7 +108,7 @@ class PlugInMethod(ABC):
             parameter.grad = None
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
-        _ATTACHED.discard(self._model)
+        release(self._model)
         self.parameters, self._required_grad, self._model = {}, [], None
 
     @abstractmethod
@@ -125,6 +121,24 @@ class PlugInMethod(ABC):
 
     @abstractmethod
     def _detach(self, model: nn.Module) -> None: ...
+
+
+def claim(model: nn.Module) -> None:
+    """Marks ``model`` as one that carries trainable parameters of ours, until :func:`release`.
+
+    Raises:
+        ConfigError: it carries some already.
+    """
+    if model in _ATTACHED:
+        raise ConfigError(
+            "The model carries a plug-in already.", "Take it off first: unplug() or detach() what is on the model."
+        )
+    _ATTACHED.add(model)
+
+
+def release(model: nn.Module) -> None:
+    """Undoes :func:`claim`."""
+    _ATTACHED.discard(model)
 
 
 def is_attached(model: nn.Module) -> bool:

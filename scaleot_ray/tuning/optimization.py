@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation, mixed precision, clipping, AdamW."""
+"""Optimizer steps: accumulation, mixed precision, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from scaleot_ray.config import TuneSettings
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.errors import DataError, RunFailed
-from scaleot_ray.tuning.loss import LabelledLoss, labelled_tokens
+from scaleot_ray.tuning.loss import labelled_tokens
 from scaleot_ray.tuning.master_weights import MasterWeights
 
 BETAS = (0.9, 0.95)  # as language models are trained (GPT-3, Llama): runs are short, so forget early
@@ -20,6 +20,10 @@ BETAS = (0.9, 0.95)  # as language models are trained (GPT-3, Llama): runs are s
 
 class Optimization:
     """Steps the trainable parameters of a model; everything a step needs and leaves behind.
+
+    A step is :meth:`begin`, for each batch :meth:`part` and its backward pass, and :meth:`finish`. Who drives
+    it computes the losses: of one data owner's batch, or of several data owners' at once, each with an
+    optimization of its own.
 
     Args:
         model: the model in training mode, with ``parameters`` attached.
@@ -39,7 +43,6 @@ class Optimization:
     ) -> None:
         self.settings, self.device = settings, device
         self.peak = settings.learning_rate or peak
-        self.loss = LabelledLoss(model)
         self.weights = MasterWeights(parameters)
         self._autocast = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.precision]
         half = self._autocast is torch.float16 or any(p.dtype is torch.float16 for p in model.parameters())
@@ -50,16 +53,14 @@ class Optimization:
             betas=BETAS,
             fused=device.type in ("cpu", "cuda"),
         )
+        self._step, self._labelled = 0, 0
+        self._total = torch.zeros((), device=device)
 
-    def step(self, step: int, batches: Sequence[Batch]) -> float:
-        """Does optimizer step number ``step`` (from 1) and gives its loss in nats per labelled token.
-
-        The loss is the sum over all labelled tokens of ``batches`` divided by their number, so that
-        accumulated batches equal one large one whatever their padding.
+    def begin(self, step: int, batches: Sequence[Batch]) -> list[Batch]:
+        """Begins optimizer step number ``step`` (from 1); gives those of its batches that have a label.
 
         Raises:
             DataError: no token of ``batches`` has a label.
-            RunFailed: the loss or the gradient is not finite; the weights are as before the step.
         """
         counts = [labelled_tokens(batch) for batch in batches]
         if not sum(counts):
@@ -67,25 +68,46 @@ class Optimization:
                 f"Step {step}: no token of its batches has a label, so there is nothing to learn from.",
                 "Raise tune.block_size so that completions are not cut off, or leave such rows out.",
             )
-        total = torch.zeros((), device=self.device)
-        for batch, count in zip(batches, counts, strict=True):
-            if count:
-                with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
-                    loss = self.loss(batch, self.device) / sum(counts)
-                self.scaler.scale(loss).backward()
-                total = total + loss.detach()
+        self._step, self._labelled = step, sum(counts)
+        self._total = torch.zeros((), device=self.device)
+        return [batch for batch, count in zip(batches, counts, strict=True) if count]
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of the forward pass, as a context."""
+        return torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
+
+    def part(self, loss: torch.Tensor) -> torch.Tensor:
+        """What is to be differentiated for one of the step's batches.
+
+        The step's loss is the sum over all labelled tokens of its batches divided by their number, so that
+        accumulated batches equal one large one whatever their padding.
+
+        Args:
+            loss: summed over the batch's labelled tokens, 0-d.
+        """
+        loss = loss / self._labelled
+        self._total = self._total + loss.detach()
+        return self.scaler.scale(loss)
+
+    def finish(self) -> float:
+        """Steps the parameters; gives the step's loss in nats per labelled token.
+
+        Raises:
+            RunFailed: the loss or the gradient is not finite; the weights are as before the step.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(list(self.weights.values.values()), self.settings.max_grad_norm)
-        value, norm_value = torch.stack((total, norm.to(total))).tolist()  # the step's one wait for the device
-        self._check(step, value, norm_value)
-        rate = learning_rate(step, self.settings.steps, self.settings.warmup_fraction, self.peak)
+        # The step's one wait for the device.
+        value, norm_value = torch.stack((self._total, norm.to(self._total))).tolist()
+        self._check(value, norm_value)
+        rate = learning_rate(self._step, self.settings.steps, self.settings.warmup_fraction, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.weights.round_off()
-        return value
+        return float(value)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """All that the next step depends on, as tensors by name and JSON-able values."""
@@ -112,18 +134,17 @@ class Optimization:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
 
     def close(self) -> None:
-        """Takes all hooks off the model."""
-        self.loss.close()
+        """Takes all hooks off the parameters."""
         self.weights.close()
 
-    def _check(self, step: int, loss: float, norm: float) -> None:
+    def _check(self, loss: float, norm: float) -> None:
         # With loss scaling an infinite gradient is how a too large scale shows: that step is left out.
         scaled = self.scaler.is_enabled()
         if math.isfinite(loss) and (math.isfinite(norm) or (scaled and self.scaler.get_scale() >= 1)):
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         raise RunFailed(
-            f"Step {step}: {what}.",
+            f"Step {self._step}: {what}.",
             f"Lower tune.learning_rate (now {self.peak:g}) or tune.max_grad_norm"
             + (", or set tune.precision to bfloat16 or float32" if scaled else "")
             + "; if step 1 fails, the data or the emulator is at fault. An earlier checkpoint stays usable.",

@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scaleot_ray.checkpoints import CheckpointPace
 from scaleot_ray.config import TuneSettings
-from scaleot_ray.data.batches import Batch, Batches
-from scaleot_ray.errors import ConfigError, DataError, RunFailed
+from scaleot_ray.data.batches import Batches
+from scaleot_ray.errors import ConfigError
 from scaleot_ray.families import Family
-from scaleot_ray.progress import OnProgress, ProgressMeter
-from scaleot_ray.tuning.checkpoint import (
-    Checkpoint,
-    batch_fingerprint,
-    check_same_run,
-    model_fingerprint,
-    prepare_place,
-    read_checkpoint,
-    tensors_fingerprint,
-)
+from scaleot_ray.progress import OnProgress
+from scaleot_ray.tuning.checkpoint import model_fingerprint, resumable, tensors_fingerprint
 from scaleot_ray.tuning.delta import Delta, MethodSettings
 from scaleot_ray.tuning.gradient_checkpointing import gradient_checkpointing
+from scaleot_ray.tuning.loss import LabelledLoss
 from scaleot_ray.tuning.methods import method_named
 from scaleot_ray.tuning.optimization import Optimization
-
-
-@dataclass
-class History:
-    """What happened so far.
-
-    Attributes:
-        losses: nats per labelled token of every optimizer step.
-        evaluations: (step, value) of every evaluation; lower is better.
-        stopped_early: whether patience ran out.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
-    stopped_early: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done."""
-        return len(self.losses)
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """(step, value) of the best evaluation, the first of equals; None where there was none."""
-        return min(self.evaluations, key=lambda entry: entry[1], default=None)
-
-    @property
-    def evaluations_without_gain(self) -> int:
-        """Evaluations since the best one."""
-        return len(self.evaluations) - 1 - self.evaluations.index(self.best) if self.best else 0
+from scaleot_ray.tuning.run import History, TuningRun
 
 
 @dataclass
@@ -114,124 +74,75 @@ def tune(
         ResourcesMissing: the disk is too full for a checkpoint.
     """
     device = next(model.parameters()).device
-    _check(settings, device, evaluate)
+    check_settings(settings, device, evaluate)
     method = method_named(settings.method)()
     carried = method.settings(settings, family)
     if start is not None:
-        _check_start(start, method.name, positions, carried)
+        check_start(start, method.name, positions, carried)
+    identity: dict[str, Any] = {}
     saved = None
-    run: dict[str, Any] = {}
     if checkpoint is not None:
-        prepare_place(checkpoint)
-        run = {
-            "model": model_fingerprint(model),
-            "positions": list(positions),
-            **{f"tune.{key}": value for key, value in settings.decisive().items()},
-            **({"start": tensors_fingerprint(start.tensors)} if start is not None else {}),
-        }
-        saved = read_checkpoint(checkpoint) if resume else None
-        if saved is not None:
-            check_same_run(saved.run, run, checkpoint)
-    with _training(model, settings, device):
+        identity = run_identity(model_fingerprint(model), positions, settings, start)
+        saved = resumable(checkpoint, identity, resume)
+    with training_mode(model, device, settings.gradient_checkpointing):
+        torch.manual_seed(settings.seed)
         parameters = method.attach(model, family, positions, carried)
-        work = None
+        loss, work = LabelledLoss(model), None
         try:
             if start is not None:
                 method.load(start.tensors)
             work = Optimization(model, parameters, settings, method.learning_rate, device)
-            loop = _Loop(model, work, settings, evaluate, checkpoint, run)
-            loop.go(batches, saved, on_progress, stage)
+            run = TuningRun(
+                model,
+                work,
+                batches,
+                settings,
+                saved=saved,
+                evaluate=evaluate,
+                checkpoint=checkpoint,
+                identity=identity,
+                on_progress=on_progress,
+                stage=stage,
+            )
+            while not run.done:
+                batch = run.next_batch()
+                with work.autocast():
+                    nats = loss(batch, device)
+                work.part(nats).backward()
+                run.passed()
+            run.settle()
             tensors = method.changes(work.weights.values)
         finally:
+            loss.close()
             if work is not None:
                 work.close()
             method.detach()
-    return Tuned(Delta(method.name, positions, carried, tensors), loop.history)
+    return Tuned(Delta(method.name, positions, carried, tensors), run.history)
 
 
-class _Loop:
-    """The steps of a run, its evaluations and checkpoints."""
+def run_identity(model: str, positions: tuple[int, ...], settings: TuneSettings, start: Delta | None) -> dict[str, Any]:
+    """What a run is of, as its checkpoint says.
 
-    def __init__(
-        self,
-        model: Any,
-        work: Optimization,
-        settings: TuneSettings,
-        evaluate: Callable[[], float] | None,
-        checkpoint: Path | None,
-        run: dict[str, Any],
-    ) -> None:
-        self.model, self.work, self.settings, self.evaluate = model, work, settings, evaluate
-        self.checkpoint, self.run = checkpoint, run
-        self.history = History()
-        self.best: dict[str, torch.Tensor] | None = None  # kept only where patience asks for it
-
-    def go(self, batches: Batches, saved: Checkpoint | None, on_progress: OnProgress | None, stage: str) -> None:
-        """Runs to the last step, or until patience runs out; the weights are then those that count."""
-        stream = self._resume(saved, batches) if saved is not None else batches.batches()
-        settings = self.settings
-        meter = ProgressMeter(stage, settings.steps, on_progress, done=self.history.steps)
-        pace = CheckpointPace(settings.checkpoint_every)
-        while self.history.steps < settings.steps and not self.history.stopped_early:
-            taken = list(islice(stream, settings.accumulate))
-            step = self.history.steps + 1
-            if len(taken) < settings.accumulate:
-                raise DataError(f"Step {step}: the batches have come to an end.", "Give batches that start over.")
-            loss = self.work.step(step, taken)
-            self.history.losses.append(loss)
-            last = step == settings.steps
-            if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
-                self._evaluate(step)
-            last = last or self.history.stopped_early
-            if self.checkpoint is not None and (pace.due(step) or last):
-                pace.write(partial(self._save, self.checkpoint, taken[-1]))
-            meter.advance(tokens=sum(_tokens(batch) for batch in taken), loss=loss)
-        if self.best is not None:
-            self.work.weights.load(self.best)
-
-    def _evaluate(self, step: int) -> None:
-        assert self.evaluate is not None
-        self.model.eval()
-        with torch.no_grad():
-            value = float(self.evaluate())
-        self.model.train()
-        if not math.isfinite(value):
-            raise RunFailed(f"Step {step}: the evaluation gave {value}.", "Lower tune.learning_rate.")
-        self.history.evaluations.append((step, value))
-        if self.settings.patience is None:
-            return
-        if self.history.best == (step, value):
-            self.best = self.work.weights.copy()
-        self.history.stopped_early = self.history.evaluations_without_gain >= self.settings.patience
-
-    def _save(self, path: Path, batch: Batch) -> None:
-        tensors, scaler = self.work.state()
-        tensors |= {f"best.{name}": value for name, value in (self.best or {}).items()}
-        record = {"history": asdict(self.history), "scaler": scaler, "batch": batch_fingerprint(batch)}
-        Checkpoint(self.run, record, tensors).write(path)
-
-    def _resume(self, saved: Checkpoint, batches: Batches) -> Iterator[Batch]:
-        """Puts the state back and gives the batches that follow, after checking that they are the same data."""
-        history = saved.record["history"]
-        history["evaluations"] = [(int(step), float(value)) for step, value in history["evaluations"]]
-        self.history = History(**history)
-        self.best = saved.part("best.") or None
-        stream = batches.batches(self.history.steps * self.settings.accumulate - 1)
-        if batch_fingerprint(next(stream)) != saved.record["batch"]:
-            raise ConfigError(
-                f"{self.checkpoint}: the checkpoint is of another run: its data are not these.",
-                "Go on with the data it was started with, or delete the checkpoint to start afresh.",
-            )
-        self.work.load_state(saved.tensors, saved.record["scaler"])
-        return stream
+    Args:
+        model: fingerprint of the model.
+        positions: of the plug-in layers.
+        settings: of the run.
+        start: what it begins with.
+    """
+    return {
+        "model": model,
+        "positions": list(positions),
+        **{f"tune.{key}": value for key, value in settings.decisive().items()},
+        **({"start": tensors_fingerprint(start.tensors)} if start is not None else {}),
+    }
 
 
-def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+def check_start(start: Delta, method: str, positions: tuple[int, ...], settings: MethodSettings) -> None:
+    """Refuses to begin with a delta that was tuned in another way.
 
-
-def _check_start(start: Delta, method: str, positions: tuple[int, ...], settings: MethodSettings) -> None:
+    Raises:
+        ConfigError: says what differs.
+    """
     if (start.method, start.positions) != (method, positions):
         raise ConfigError(
             f"Tuning begins with a delta of {start.method} in layers {list(start.positions)}, but tune.method={method} "
@@ -245,7 +156,12 @@ def _check_start(start: Delta, method: str, positions: tuple[int, ...], settings
         )
 
 
-def _check(settings: TuneSettings, device: torch.device, evaluate: Callable[[], float] | None) -> None:
+def check_settings(settings: TuneSettings, device: torch.device, evaluate: Callable[[], float] | None) -> None:
+    """Refuses settings that do not go together or with the device.
+
+    Raises:
+        ConfigError: names the key.
+    """
     if settings.precision == "float16" and device.type == "cpu":
         raise ConfigError(
             "tune.precision: float16 arithmetic needs a GPU, found the device cpu.",
@@ -263,12 +179,17 @@ def _check(settings: TuneSettings, device: torch.device, evaluate: Callable[[], 
 
 
 @contextmanager
-def _training(model: Any, settings: TuneSettings, device: torch.device) -> Iterator[None]:
-    """Training mode with the run's seed; afterwards the model's mode and all random generators are as before."""
+def training_mode(model: Any, device: torch.device, recompute: bool) -> Iterator[None]:
+    """Training mode; afterwards the model's mode and all random generators are as before.
+
+    Args:
+        model: to be trained.
+        device: where it is.
+        recompute: with gradient checkpointing.
+    """
     was_training = model.training
-    recompute = gradient_checkpointing(model) if settings.gradient_checkpointing else nullcontext()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), recompute:
-        torch.manual_seed(settings.seed)
+    context = gradient_checkpointing(model) if recompute else nullcontext()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), context:
         model.train()
         try:
             yield
