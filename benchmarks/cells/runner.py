@@ -35,7 +35,8 @@ from scaleot_ray.stages.evaluate import evaluate_rows
 from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import TestRows
-from scaleot_ray.stages.tune import tune_emulator, tune_layers
+from scaleot_ray.stages.tune import tune_emulator
+from scaleot_ray.stages.tune_layers import tune_layers
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from scaleot_ray.stages.limits import check_block_size
 from scaleot_ray.stages.plug import check_same_model, check_same_tokenizer
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import BATCH_SIZE, AnyScore, TestRows, score_from_record, score_record
-from scaleot_ray.stages.tune import tune_layers
+from scaleot_ray.stages.tune_layers import tune_layers
 from scaleot_ray.tuning import from_artifact
 
 INPUTS = {

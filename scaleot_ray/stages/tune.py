@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +17,19 @@ from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.manifest import MANIFEST_FILE, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import DataSettings, TuneSettings
-from scaleot_ray.data import HoldOut, TokenBatches, padding_id, token_examples
 from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.assemble import assemble, emulator_content
 from scaleot_ray.errors import ArtifactRefused, ConfigError
-from scaleot_ray.families import Family, family_of
+from scaleot_ray.families import family_of
 from scaleot_ray.families.loading import load_tokenizer, resolve_device
 from scaleot_ray.plugin import plug
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
-from scaleot_ray.stages.limits import check_block_size, check_delta_size, vocabulary_size
+from scaleot_ray.stages.limits import check_delta_size
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import TestRows, numbers
-from scaleot_ray.tuning import Delta, Tuned, tune
+from scaleot_ray.stages.tune_layers import tune_layers
+from scaleot_ray.tuning import Delta, Tuned
 from scaleot_ray.tuning.delta import from_artifact
 
 RECORD = "tune.json"  # stays with the data owner: its key depends on the private rows
@@ -57,6 +56,40 @@ class TuneResult:
     seconds: float
     validation: list[tuple[int, float]] = field(default_factory=list)
     steps: int | None = None
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """One data owner's tuning.
+
+    Attributes:
+        name: of the data owner.
+        train: private rows to tune on.
+        tune: method, steps, rates.
+        output: the data owner's folder.
+        start: delta of an earlier round to begin with; what comes out includes it. Default: the emulator as it is.
+        test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``. Nothing
+            about tuning depends on them.
+        validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
+        evaluate_examples: at most so many test rows or blocks, and so many validation rows or blocks.
+        overwrite: replace another result in ``output``.
+        resume: take a finished result of the same emulator, rows and settings as it is, and go on from a
+            checkpoint of them; False starts afresh.
+        audit: log of what leaves as a folder: delta and metrics then pass the gate before they are written.
+            None where something else takes them through it (a run's coordinator).
+    """
+
+    name: str
+    train: DataSettings
+    tune: TuneSettings
+    output: Path
+    start: Artifact | None = None
+    test: DataSettings | None = None
+    validation: DataSettings | None = None
+    evaluate_examples: int | None = None
+    overwrite: bool = False
+    resume: bool = True
+    audit: AuditLog | None = None
 
 
 def tune_emulator(
@@ -86,18 +119,8 @@ def tune_emulator(
         train: private rows to tune on.
         tune: method, steps, rates.
         output: the data owner's folder.
-        start: delta of an earlier round to begin with; what comes out includes it. Default: the emulator as it is.
-        name: of the data owner, for progress.
-        test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``. Nothing
-            about tuning depends on them.
-        validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
+        start, name, test, validation, evaluate_examples, overwrite, resume, audit: as in :class:`TuneRequest`.
         device: where to compute.
-        evaluate_examples: at most so many test rows or blocks, and so many validation rows or blocks.
-        overwrite: replace another result in ``output``.
-        resume: take a finished result of the same emulator, rows and settings as it is, and go on from a
-            checkpoint of them; False starts afresh.
-        audit: log of what leaves as a folder: delta and metrics then pass the gate before they are written.
-            None where something else takes them through it (a run's coordinator).
         on_progress: hears of ``tune NAME``, ``emulator zero shot NAME`` and ``emulator tuned NAME``.
 
     Raises:
@@ -107,136 +130,163 @@ def tune_emulator(
         ResourcesMissing: memory or disk do not suffice.
         ArtifactRefused: with ``audit``: delta or metrics are not what may leave; they are not written.
     """
-    begun = time.monotonic()
-    key = identity(
-        version=__version__,
-        emulator=emulator.digest,
-        tune=tune.decisive(),
-        train=data_digest(train, "train"),
-        test=data_digest(test, "test") if test is not None else None,
-        evaluate_examples=evaluate_examples,
-        **({"validation": data_digest(validation, "validation")} if validation is not None else {}),
-        **({"start": start.digest} if start is not None else {}),
+    request = TuneRequest(
+        name, train, tune, output, start, test, validation, evaluate_examples, overwrite, resume, audit
     )
-    if resume and (finished := _finished(output, key)) is not None:
-        if audit is not None:
-            _leave([finished.delta, read_artifact(output / "metrics")], name, emulator, start, audit)
+    tuning = OwnersTuning(emulator, request, on_progress)
+    if (finished := tuning.finished()) is not None:
         return finished
-    overwrite = overwrite or _began(output, key)
-    if not overwrite and any((output / part).exists() for part in _PARTS):
-        raise ConfigError(
-            f"output: {output} holds the result of another tuning.", "Give another folder, or --overwrite."
-        )
-    for part in _PARTS:  # now, before hours are spent on what could not be written
-        check_replaceable(output / part, MANIFEST_FILE, overwrite)
-    content = emulator_content(emulator.manifest)
-    model = assemble(emulator, resolve_device(device))
-    tokenizer = load_tokenizer(emulator.files)
-    family = family_of(model.config)
-    check_delta_size(emulator.manifest, family, tune)
-    rows = None
-    if test is not None:
-        with dataset_key("test"):
-            rows = TestRows(test, tokenizer, tune.block_size, evaluate_examples, tune.too_long)
-    values: dict[str, float] = {}
-    if rows is not None:
-        values |= numbers(rows.score(model, f"emulator zero shot {name}", on_progress), "emulator_zero_shot")
-    checkpoint = output / "checkpoint" / f"{key[:16]}.safetensors"
+    tuning.check_output()
+    model, tokenizer = assemble(emulator, resolve_device(device)), load_tokenizer(emulator.files)
+    tuning.measure(model, tokenizer)
     tuned = tune_layers(
         model,
-        family,
-        content.plug_in_positions,
+        family_of(model.config),
+        emulator_content(emulator.manifest).plug_in_positions,
         tokenizer,
         train,
         validation,
         tune,
         evaluate_examples,
-        f"tune {name}",
-        checkpoint,
+        tuning.stage,
+        tuning.checkpoint,
         resume,
         on_progress,
-        from_artifact(start) if start is not None else None,
+        tuning.start,
     )
-    if rows is not None:
-        with plug(model, family, tuned.delta):
-            values |= numbers(rows.score(model, f"emulator tuned {name}", on_progress), "emulator_tuned")
-    artifact = tuned.delta.to_artifact(emulator.manifest, start.digest if start is not None else None)
-    metrics = with_card(Artifact.made_from(emulator.manifest, "metrics", MetricsContent(values=values)))
-    if audit is not None:
-        _leave([artifact, metrics], name, emulator, start, audit)
-    seconds, history = time.monotonic() - begun, tuned.history
-    record = {"key": key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds}
-    # First, so that the same command, stopped before all is written, knows what is there as its own.
-    write_record(output / RECORD, {**record, "validation": history.evaluations, "steps": history.steps})
-    write_artifact(artifact, output / "delta", overwrite=overwrite)
-    write_artifact(metrics, output / "metrics", overwrite=overwrite)
-    checkpoint.unlink(missing_ok=True)
-    with suppress(OSError):  # checkpoints of other tunings that were interrupted stay
-        checkpoint.parent.rmdir()
-    return TuneResult(output, artifact, values, seconds, history.evaluations, history.steps)
+    return tuning.result(model, tuned)
 
 
-def tune_layers(
-    model: Any,
-    family: Family,
-    positions: tuple[int, ...],
-    tokenizer: Any,
-    train: DataSettings,
-    validation: DataSettings | None,
-    settings: TuneSettings,
-    evaluate_examples: int | None,
-    stage: str,
-    checkpoint: Path | None,
-    resume: bool,
-    on_progress: OnProgress | None,
-    start: Delta | None = None,
-) -> Tuned:
-    """Tunes the layers at ``positions`` of an emulator or of a full model, on the same batches.
+class OwnersTuning:
+    """One data owner's tuning, from what may be there already to what it leaves in its folder.
 
-    Where ``settings`` ask for evaluations, they are made on ``validation``, or without it on rows of
-    ``train`` that are then not trained on.
+    What comes in between, the tuning itself, may be done alone or beside others'. The key that finished
+    results and checkpoints are found by does not say which: both come to the same, but for the last digits.
+
+    Args:
+        emulator: what is tuned.
+        request: by whom, on what and how.
+        on_progress: hears of the measurements on test rows.
+
+    Raises:
+        DataError: rows are missing or of no known format.
     """
-    check_block_size(model.config, settings.block_size, "tune.block_size")
-    if validation is not None and settings.evaluate_every is None:
-        raise ConfigError(
-            "validation: nothing evaluates on these rows.", "Set tune.evaluate_every, or leave validation out."
-        )
-    hold_out = None
-    if settings.evaluate_every is not None and validation is None:
-        hold_out = HoldOut(settings.validation_fraction, settings.seed)
-    block_size, too_long = settings.block_size, settings.too_long
-    with dataset_key("train"):
-        examples = token_examples(train, tokenizer, block_size, too_long, hold_out.training if hold_out else None)
-    batches = TokenBatches(
-        examples, settings.batch_size, padding_id(tokenizer), settings.seed, vocab_size=vocabulary_size(model)
-    )
-    with dataset_key("train"):
-        batches.prepare(settings.steps * settings.accumulate)
-    evaluate: Callable[[], float] | None = None
-    if settings.evaluate_every is not None:
-        part = hold_out.validation if hold_out else None
-        with dataset_key("validation" if validation is not None else "train"):
-            rows = TestRows(validation or train, tokenizer, block_size, evaluate_examples, too_long, part=part)
-        evaluate = lambda: rows.loss(model)  # noqa: E731
-    return tune(
-        model,
-        family,
-        positions,
-        batches,
-        settings,
-        start=start,
-        evaluate=evaluate,
-        checkpoint=checkpoint,
-        resume=resume,
-        on_progress=on_progress,
-        stage=stage,
-    )
+
+    def __init__(self, emulator: Artifact, request: TuneRequest, on_progress: OnProgress | None) -> None:
+        self.emulator, self.request, self._on_progress = emulator, request, on_progress
+        self.stage = f"tune {request.name}"
+        self._begun = time.monotonic()
+        self._key = _key(emulator, request)
+        self.checkpoint = request.output / "checkpoint" / f"{self._key[:16]}.safetensors"
+        self._overwrite = request.overwrite
+        self._rows: TestRows | None = None
+        self._values: dict[str, float] = {}
+
+    @property
+    def start(self) -> Delta | None:
+        """What it begins with."""
+        return from_artifact(self.request.start) if self.request.start is not None else None
+
+    def finished(self) -> TuneResult | None:
+        """The result where it is there already and may be taken.
+
+        Raises:
+            ArtifactRefused: it may not leave.
+        """
+        request = self.request
+        finished = _finished(request.output, self._key) if request.resume else None
+        if finished is not None:
+            self._leave([finished.delta, read_artifact(request.output / "metrics")])
+        return finished
+
+    def check_output(self) -> None:
+        """Looks whether the result can be written, now, before hours are spent on it.
+
+        Raises:
+            ConfigError: the folder holds something else.
+        """
+        output = self.request.output
+        self._overwrite = self._overwrite or _began(output, self._key)
+        if not self._overwrite and any((output / part).exists() for part in _PARTS):
+            raise ConfigError(
+                f"output: {output} holds the result of another tuning.", "Give another folder, or --overwrite."
+            )
+        for part in _PARTS:
+            check_replaceable(output / part, MANIFEST_FILE, self._overwrite)
+
+    def measure(self, model: Any, tokenizer: Any) -> None:
+        """Reads the test rows, where there are any, and scores the emulator as it is.
+
+        Raises:
+            ConfigError: the delta would be too large to leave, or the model's context is too short.
+            DataError: a row is not what the settings say.
+        """
+        request = self.request
+        check_delta_size(self.emulator.manifest, family_of(model.config), request.tune)
+        if request.test is not None:
+            tune = request.tune
+            with dataset_key("test"):
+                self._rows = TestRows(
+                    request.test, tokenizer, tune.block_size, request.evaluate_examples, tune.too_long
+                )
+            self._values = self._score(self._rows, model, "emulator zero shot")
+
+    def result(self, model: Any, tuned: Tuned) -> TuneResult:
+        """Scores the tuned emulator, and writes what there is.
+
+        Args:
+            model: the emulator as it was before tuning.
+            tuned: what came out.
+
+        Raises:
+            ArtifactRefused: with an audit log: it is not what may leave; nothing is written.
+            ResourcesMissing: the disk is full.
+        """
+        request, began = self.request, self.request.start
+        values = dict(self._values)
+        if self._rows is not None:
+            with plug(model, family_of(model.config), tuned.delta):
+                values |= self._score(self._rows, model, "emulator tuned")
+        artifact = tuned.delta.to_artifact(self.emulator.manifest, began.digest if began is not None else None)
+        metrics = with_card(Artifact.made_from(self.emulator.manifest, "metrics", MetricsContent(values=values)))
+        self._leave([artifact, metrics])
+        seconds, history = time.monotonic() - self._begun, tuned.history
+        record = {"key": self._key, "delta": artifact.digest, "metrics": metrics.digest, "seconds": seconds}
+        # First, so that the same command, stopped before all is written, knows what is there as its own.
+        write_record(request.output / RECORD, {**record, "validation": history.evaluations, "steps": history.steps})
+        write_artifact(artifact, request.output / "delta", overwrite=self._overwrite)
+        write_artifact(metrics, request.output / "metrics", overwrite=self._overwrite)
+        self.checkpoint.unlink(missing_ok=True)
+        with suppress(OSError):  # checkpoints of other tunings that were interrupted stay
+            self.checkpoint.parent.rmdir()
+        return TuneResult(request.output, artifact, values, seconds, history.evaluations, history.steps)
+
+    def _score(self, rows: TestRows, model: Any, what: str) -> dict[str, float]:
+        score = rows.score(model, f"{what} {self.request.name}", self._on_progress)
+        return numbers(score, what.replace(" ", "_"))
+
+    def _leave(self, artifacts: list[Artifact]) -> None:
+        request = self.request
+        if request.audit is None:
+            return
+        began = request.start.digest if request.start is not None else None
+        for artifact in artifacts:
+            parent = self.emulator.manifest
+            cross(artifact, data_owner(request.name), MODEL_OWNER, request.audit, parent=parent, start=began)
 
 
-def _leave(artifacts: list[Artifact], name: str, emulator: Artifact, start: Artifact | None, audit: AuditLog) -> None:
-    began = start.digest if start is not None else None
-    for artifact in artifacts:
-        cross(artifact, data_owner(name), MODEL_OWNER, audit, parent=emulator.manifest, start=began)
+def _key(emulator: Artifact, request: TuneRequest) -> str:
+    test, validation, start = request.test, request.validation, request.start
+    return identity(
+        version=__version__,
+        emulator=emulator.digest,
+        tune=request.tune.decisive(),
+        train=data_digest(request.train, "train"),
+        test=data_digest(test, "test") if test is not None else None,
+        evaluate_examples=request.evaluate_examples,
+        **({"validation": data_digest(validation, "validation")} if validation is not None else {}),
+        **({"start": start.digest} if start is not None else {}),
+    )
 
 
 def _began(output: Path, key: str) -> bool:
