@@ -1,0 +1,1 @@
+"""What several data owners on one machine cost: memory and time, by how they are put into processes."""
