@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny_model
+from tests.tuning.test_packed import agree, all_packed, repeatable, unlike
+from tests.tuning.test_packed import alone as tuned_alone
 from tests.tuning.test_resume import run, same, stopped
 from tests.tuning.test_trainer import close
 from tests.tuning.test_trainer import run as plain_run
@@ -34,3 +36,9 @@ def test_mixed_precision_learns_as_fp32_does(precision: str) -> None:
     exact = plain_run(tiny_model("llama").cuda(), steps=20, learning_rate=1e-3)
     mixed = plain_run(tiny_model("llama").cuda(), steps=20, learning_rate=1e-3, precision=precision)
     assert mixed.history.losses == pytest.approx(exact.history.losses, abs=0.05)
+
+
+def test_packed_on_a_gpu_each_comes_out_as_alone() -> None:
+    model = repeatable("llama").cuda()
+    results = all_packed(model, unlike())
+    assert all(agree(results[one.name], tuned_alone(model, one)) for one in unlike())
