@@ -1,10 +1,11 @@
-"""How long work reports where it is: one small record, handed to a callback."""
+"""How long work reports where it is, and a run what its data owners are about: small records, handed to callbacks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Progress:
         loss: nats per token of the latest step, where there is one.
         tokens_per_second: over the stage so far, in this process.
         seconds_left: estimated from the steps so far.
+        tenant: in a run of many: the data owner whose part this is. What works does not know; its actor says so.
+        round: the round that the data owner tunes for; None where that is not what it reports of.
     """
 
     stage: str
@@ -25,8 +28,34 @@ class Progress:
     loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    tenant: str | None = None
+    round: int | None = None
 
 
+State = Literal["waiting", "tuning", "submitted", "left out", "measuring", "measured"]
+
+
+@dataclass(frozen=True)
+class TenantState:
+    """What a data owner is about from now on, as the driver of its run knows.
+
+    Its rounds and its evaluator go their own ways: one may measure for it while it tunes.
+
+    Attributes:
+        tenant: the data owner.
+        state: in the rounds ``waiting`` for its turn, ``tuning`` (or about to), ``submitted``, ``left out`` of the
+            round; and ``measuring`` while its evaluator works, ``measured`` when that has done what there was to do.
+        round: which one; None where it is about none, as what the evaluator does.
+        reason: why it is left out, or waits again.
+    """
+
+    tenant: str
+    state: State
+    round: int | None = None
+    reason: str = ""
+
+
+OnTenantState = Callable[[TenantState], None]
 OnProgress = Callable[[Progress], None]
 
 

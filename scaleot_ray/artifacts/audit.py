@@ -41,6 +41,14 @@ def evaluator(name: str) -> str:
     return f"evaluator {name}"
 
 
+def tenant_of(party: str) -> str | None:
+    """The data owner that a party is, or measures for; None for any other party."""
+    for prefix in (data_owner(""), evaluator("")):
+        if party.startswith(prefix):
+            return party.removeprefix(prefix)
+    return None
+
+
 class AuditLog:
     """An append-only file of JSON lines that several processes may write at once.
 

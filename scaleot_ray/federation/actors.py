@@ -24,7 +24,7 @@ from scaleot_ray.federation.processes import PeakMemory, end, end_marked, wait_f
 from scaleot_ray.federation.role import ACTORS, Present, start, stop
 from scaleot_ray.federation.session import Session
 from scaleot_ray.federation.starting import Starts
-from scaleot_ray.progress import OnProgress, Progress
+from scaleot_ray.progress import OnProgress
 
 _NAMESPACE = "scaleot"
 _LOOK_SECONDS = 0.2
@@ -215,11 +215,6 @@ class Actors:
             if self.coordinator.started:
                 self.between()
                 self._pass_on_reports()
-
-    def tell(self, what: str) -> None:
-        """Says something once, as progress."""
-        if self.on_progress is not None:
-            self.on_progress(Progress(what, 1, 1))
 
     def failure(self, actor: Running, error: Exception) -> ScaleOTError:
         """An exception that an answer raised, as an error that names the actor."""

@@ -75,7 +75,7 @@ class DataOwner(Role):
             device="auto",
             evaluate_examples=part.evaluate_examples,
             overwrite=True,
-            on_progress=self.reporter(),
+            on_progress=self.reporter(number),
         )
         check_unchanged(artifact, self.name)
         metrics = read_artifact(result.directory / "metrics", expected_kind="metrics")

@@ -60,6 +60,7 @@ class Measuring:
         cpus, gpus = tenant.settings.cpus, tenant.settings.gpus
         actor = actors.start(evaluator(tenant.name), Evaluator, cpus, gpus, state.settings.model, part)
         begun = time.monotonic()
+        state.tell(tenant, "measuring")
 
         def measure() -> None:
             actors.call(actor, actor.handle.evaluate.remote(self._rows_of(tenant)), measured)
@@ -73,5 +74,6 @@ class Measuring:
                 measure()  # the delta came meanwhile: the model is loaded already
                 return
             state.finish(actor, tenant, "evaluate", begun)
+            state.tell(tenant, "measured")
 
         measure()

@@ -15,6 +15,7 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.federation.nodes import Node, living_nodes
@@ -114,7 +115,8 @@ class Placement:
 
     def _told(self, seat: _Seat, step: int) -> None:
         if seat.said and self._on_progress is not None:
-            self._on_progress(Progress(f"{seat.work.role} waits for {described(seat.work)}", step, 1))
+            stage, tenant = f"{seat.work.role} waits for {described(seat.work)}", tenant_of(seat.work.role)
+            self._on_progress(Progress(stage, step, 1, tenant=tenant))
 
 
 def check_labels(settings: RunSettings, nodes: Sequence[Node]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ import transformers
 from ray.exceptions import ObjectLostError
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.federation.object_store import from_shared
 from scaleot_ray.progress import OnProgress, Progress
 
@@ -73,16 +74,21 @@ class Role:
                 time.sleep(_LOST_SECONDS)
         raise lost
 
-    def reporter(self) -> OnProgress:
-        """A callback that passes progress on to the coordinator, without waiting for it."""
+    def reporter(self, number: int | None = None) -> OnProgress:
+        """A callback that passes progress on to the coordinator, without waiting for it.
+
+        Args:
+            number: of the round that it is about.
+        """
         last: dict[str, float] = {}
+        tenant = tenant_of(self.name)
 
         def report(progress: Progress) -> None:
             now = time.monotonic()
             finished = progress.step >= progress.steps
             if finished or now - last.get(progress.stage, -_REPORT_SECONDS) >= _REPORT_SECONDS:
                 last[progress.stage] = now
-                self.coordinator.report.remote(progress, self.name)
+                self.coordinator.report.remote(replace(progress, tenant=tenant, round=number), self.name)
 
         return report
 

@@ -17,13 +17,19 @@ from scaleot_ray.federation.processes import PeakMemory
 from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.run_state import RunState, Tenant
 from scaleot_ray.interruption import interruptible
-from scaleot_ray.progress import OnProgress
+from scaleot_ray.progress import OnProgress, OnTenantState
 from scaleot_ray.result_folder import is_uri
 
 _AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."
 
 
-def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, debug: bool = False) -> RunReport:
+def run_local(
+    settings: RunSettings,
+    *,
+    on_progress: OnProgress | None = None,
+    on_state: OnTenantState | None = None,
+    debug: bool = False,
+) -> RunReport:
     """Runs everything: the owner builds, all data owners tune at once, an evaluator measures if declared.
 
     In the environment ``local``, Ray is started for the run and gone after it; where one is given explicitly
@@ -35,6 +41,7 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
     Args:
         settings: the run.
         on_progress: hears of every stage, in this thread.
+        on_state: hears what each data owner is about, in this thread.
         debug: show what the actors print.
 
     Returns:
@@ -61,7 +68,9 @@ def run_local(settings: RunSettings, *, on_progress: OnProgress | None = None, d
         started = time.monotonic() - start
         actors = stack.enter_context(Actors(there.session, memory, on_progress, there.place))
         tenants = [Tenant(tenant) for tenant in settings.tenants]
-        state = RunState(settings, folder, there.needs, actors, there.schedule, tenants, there.rows_bytes)
+        state = RunState(
+            settings, folder, there.needs, actors, there.schedule, tenants, there.rows_bytes, on_state=on_state
+        )
         report = Phases(state).run()
     report.seconds = {"total": time.monotonic() - start, "start": started, **report.seconds}
     report.peak_rss_bytes = memory.bytes

@@ -16,6 +16,7 @@ from scaleot_ray.federation.data_owner import Part
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.needs import Needs
 from scaleot_ray.federation.schedule import Schedule
+from scaleot_ray.progress import OnTenantState, State, TenantState
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class RunState:
         tenants: the data owners.
         rows_bytes: of each one's datasets on disk.
         spans: by stage, when the first of its kind began and the last ended.
+        on_state: hears what each data owner is about.
     """
 
     settings: RunSettings
@@ -85,11 +87,17 @@ class RunState:
     tenants: list[Tenant]
     rows_bytes: dict[str, int]
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    on_state: OnTenantState | None = None
 
     def part(self, tenant: Tenant, output: Path) -> Part:
         """A data owner's part of the run, for an actor that works in ``output``."""
         tune = self.settings.tune_of(tenant.settings)
         return Part(tenant.settings, tune, self.settings.evaluate_examples, str(output))
+
+    def tell(self, tenant: Tenant, state: State, number: int | None = None, reason: str = "") -> None:
+        """Says what a data owner is about from now on, in the round of that number."""
+        if self.on_state is not None:
+            self.on_state(TenantState(tenant.name, state, number, reason))
 
     def finish(self, actor: Running, tenant: Tenant, stage: str, begun: float) -> None:
         """Ends an actor that has done its work, and notes how long that took."""

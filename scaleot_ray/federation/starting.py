@@ -12,6 +12,7 @@ from typing import Any
 
 import ray._private.state
 
+from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import OnProgress, Progress
@@ -61,7 +62,7 @@ class Starts:
         """It has answered, or is not wanted any more."""
         start = self._waiting.pop(role, None)
         if start is not None and start.said is not None:
-            self._tell(start.said, 1)
+            self._tell(role, start.said, 1)
 
     def look(self) -> None:
         """Tells of those that wait for processors, on a Ray where others may have taken them.
@@ -77,7 +78,7 @@ class Starts:
             silent = start.said is None and not self._session.private
             if silent and waited > SAY_SECONDS and not self._has_process(start):
                 start.said = f"{role} waits for {self._missing(start)}"
-                self._tell(start.said, 0)
+                self._tell(role, start.said, 0)
 
     def _given_up(self, role: str, start: Start) -> ScaleOTError:
         if self._has_process(start):
@@ -102,6 +103,6 @@ class Starts:
         """Whether Ray has given it processors, and a process on them."""
         return bool(ray._private.state.actors(start.handle._actor_id.hex()).get("Pid"))
 
-    def _tell(self, stage: str, step: int) -> None:
+    def _tell(self, role: str, stage: str, step: int) -> None:
         if self._on_progress is not None:
-            self._on_progress(Progress(stage, step, 1))
+            self._on_progress(Progress(stage, step, 1, tenant=tenant_of(role)))

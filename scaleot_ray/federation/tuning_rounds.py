@@ -44,7 +44,10 @@ class TuningRounds:
             self._round(opened)
         last = self.finished[-1].number if self.finished else None  # without one, all were finished before
         for tenant in tenants:
-            tenant.entry = tenant.entry or actors.ask_coordinator("entry", tenant.name, last)
+            if tenant.entry is None:
+                tenant.entry = actors.ask_coordinator("entry", tenant.name, last)
+                if tenant.entry is not None:
+                    self._state.tell(tenant, "submitted", tenant.entry.round)
         self._open = None
 
     def possible(self) -> list[Work]:
@@ -64,11 +67,14 @@ class TuningRounds:
 
     def leave_out(self, tenant: Tenant, why: str) -> None:
         """Expects nothing more of a data owner in the round under way, and ends its tuning."""
-        if self._open is None or tenant.submitted >= self._open.round.number:
+        if self._open is None:
+            if not tenant.submitted:  # revoked: there is no round, and nothing of it counts
+                self._state.tell(tenant, "left out", reason=f"{why}.")
             return
-        self._left_out(
-            tenant, RunFailed(f"{why}.", "`scaleot tenants` shows who takes part, `scaleot status` in what.")
-        )
+        if tenant.submitted < self._open.round.number:
+            self._left_out(
+                tenant, RunFailed(f"{why}.", "`scaleot tenants` shows who takes part, `scaleot status` in what.")
+            )
 
     def _round(self, opened: Opened) -> None:
         """One round, from its opening to its plug-ins."""
@@ -78,12 +84,27 @@ class TuningRounds:
             tenant.attempts, tenant.left_out = 0, None
             if opened.submitted.get(tenant.name):
                 tenant.submitted = number
+            self._tell_of_begin(tenant)
         state.actors.until(self._is_over)
         self._stop_late()
         ended: Opened = state.actors.ask_coordinator("end_round", number)
-        self.finished.append(RoundResult.of(ended, time.monotonic() - begun, self._missing(ended)))
+        missing = self._missing(ended)
+        for tenant in state.tenants:
+            if tenant.name in missing and tenant.left_out is None and tenant.tuning is None:
+                state.tell(tenant, "left out", number, missing[tenant.name])
+        self.finished.append(RoundResult.of(ended, time.monotonic() - begun, missing))
         if ended.round.state == "failed":
             raise self._failure(ended)
+
+    def _tell_of_begin(self, tenant: Tenant) -> None:
+        assert self._open is not None
+        number, state = self._open.round.number, self._state
+        if tenant.tuning is not None:
+            return  # late: it goes on for the round before
+        if tenant.name not in self._open.submitted:
+            state.tell(tenant, "left out", number, "it takes no part")
+        else:
+            state.tell(tenant, "submitted" if tenant.submitted >= number else "waiting", number)
 
     def _is_over(self) -> bool:
         """Starts what can start; true when nothing more is to be waited for."""
@@ -116,6 +137,7 @@ class TuningRounds:
         state, actors, number, final = self._state, self._state.actors, self._open.round.number, self._last
         tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, time.monotonic()
         actors.call_coordinator("begin_part", number, tenant.name)
+        state.tell(tenant, "tuning", number)
         part = state.part(tenant, state.folder.tenant(tenant.name))
         cpus, gpus = tenant.settings.cpus, tenant.settings.gpus
         actor = actors.start(data_owner(tenant.name), DataOwner, cpus, gpus, part, failed=lambda error: failed(error))
@@ -133,6 +155,7 @@ class TuningRounds:
             if entry is None:
                 return  # revoked meanwhile
             tenant.submitted = entry.round  # of a late one: the round that it counts in
+            state.tell(tenant, "submitted", entry.round)
             if final or self._last:
                 tenant.entry = entry
 
@@ -149,8 +172,10 @@ class TuningRounds:
         problem = actors.failure(actor, error)
         attempts = self._state.settings.rounds.attempts
         if has_died(error) and tenant.attempts < attempts:
+            number = tenant.tuning
             self._end_tuning(tenant)
-            actors.tell(f"{actor.role} died and starts again ({tenant.attempts + 1} of {attempts})")
+            why = f"died and starts again ({tenant.attempts + 1} of {attempts})"
+            self._state.tell(tenant, "waiting", number, why)
             return True
         self._left_out(tenant, problem)
         return True
@@ -159,6 +184,7 @@ class TuningRounds:
         assert self._open is not None
         self._end_tuning(tenant)
         tenant.left_out = problem
+        self._state.tell(tenant, "left out", self._open.round.number, problem.problem)
         self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, problem.problem)
 
     def _end_tuning(self, tenant: Tenant) -> None:

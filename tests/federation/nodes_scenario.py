@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 
 from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.run import run_local
-from scaleot_ray.progress import Progress
+from scaleot_ray.progress import Progress, TenantState
 from tests.tiny_run import write_tiny_run
 
 STORE = 100 << 20
@@ -131,9 +131,12 @@ def run_once(folder: Path, sites: Sites, scenario: dict[str, Any]) -> dict[str, 
             killed.append("alice" if len(places) > 1 else next(iter(places)))
             sites.kill(killed[0])
 
+    def on_state(told: TenantState) -> None:
+        said.append(f"{told.tenant} {told.reason}")
+
     end, begun = often(look), time.monotonic()
     try:
-        result: dict[str, Any] = {"report": run_local(settings, on_progress=on_progress).as_json()}
+        result: dict[str, Any] = {"report": run_local(settings, on_progress=on_progress, on_state=on_state).as_json()}
     except ScaleOTError as error:
         result = {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
     end()

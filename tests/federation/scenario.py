@@ -20,7 +20,7 @@ import psutil
 
 from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.run import run_local
-from scaleot_ray.progress import Progress
+from scaleot_ray.progress import Progress, TenantState
 from tests.tiny_run import write_tiny_run
 
 
@@ -47,6 +47,7 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     settings = settings.model_copy(update={"tenants": settings.tenants[: scenario.get("tenants")]})
     blow = 0.0
     seen: dict[str, int] = {}
+    states: list[str] = []
 
     def on_progress(progress: Progress) -> None:
         nonlocal blow
@@ -59,15 +60,24 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
             for process in actor_processes(scenario["kill"])[:1]:
                 os.kill(process.pid, signal.SIGKILL)
 
+    def on_state(told: TenantState) -> None:
+        states.append(f"{told.tenant} {told.state}: {told.reason}")
+
     result: dict[str, Any]
     try:
-        result = {"report": run_local(settings, on_progress=on_progress).as_json()}
+        result = {"report": run_local(settings, on_progress=on_progress, on_state=on_state).as_json()}
     except ScaleOTError as error:
         result = {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
     # Those that were killed just now are still on the list until the kernel has taken them apart.
     _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=2)
     seconds = time.monotonic() - blow if blow else None
-    return {**result, "seconds_after_blow": seconds, "left": [str(process) for process in left], "first_seen": seen}
+    return {
+        **result,
+        "seconds_after_blow": seconds,
+        "left": [str(process) for process in left],
+        "first_seen": seen,
+        "states": states,
+    }
 
 
 if __name__ == "__main__":

@@ -94,12 +94,21 @@ def test_a_data_owner_starts_again_and_is_left_out_where_the_quorum_holds(tmp_pa
             "settings": {**SLOW_TUNING, "tune": {"steps": 301}, "rounds": {"attempts": 1, "quorum": 1}},
         },
     )
-    assert [one for one in again["first_seen"] if one.endswith("died and starts again (2 of 3)")]
+    ((dead, said),) = (one.split(" ", 1) for one in again["states"] if "died" in one)
+    assert said == "waiting: died and starts again (2 of 3)"
+    assert [one for one in again["states"] if one.startswith(dead)] == [
+        f"{dead} waiting: ",
+        f"{dead} tuning: ",
+        f"{dead} {said}",
+        f"{dead} tuning: ",
+        f"{dead} submitted: ",
+    ]
     assert again["report"]["rounds"][0]["submitted"] == ["alice", "bob"]
     (one,) = without["report"]["rounds"]
     assert (one["number"], one["state"]) == (2, "finished")
     ((killed, reason),) = one["missing"].items()
     assert f"data owner {killed} died: its process was killed" in reason
+    assert f"{killed} left out: {reason}" in without["states"]
     before = {tenant["name"]: tenant["delta_digest"] for tenant in again["report"]["tenants"]}
     after = {tenant["name"]: tenant["delta_digest"] for tenant in without["report"]["tenants"]}
     assert after[killed] is None

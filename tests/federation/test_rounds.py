@@ -17,7 +17,7 @@ from scaleot_ray.families.loading import load_base_model
 from scaleot_ray.federation.preflight import check_aggregation
 from scaleot_ray.federation.registry import AGGREGATE, Registry
 from scaleot_ray.federation.run import run_local
-from scaleot_ray.progress import Progress
+from scaleot_ray.progress import Progress, TenantState
 from scaleot_ray.stages.plug import plug_in
 from tests.tiny_run import write_tiny_run
 
@@ -43,7 +43,14 @@ def test_two_rounds_build_on_one_another(tmp_path: Path, method: str, how: str) 
         "aggregation": {"method": how},
     }
     settings = write_tiny_run(tmp_path, **changes)
-    report = run_local(settings).as_json()
+    heard, states = list[Progress](), list[TenantState]()
+    report = run_local(settings, on_progress=heard.append, on_state=states.append).as_json()
+    for name in ("alice", "bob"):
+        tuned = [progress for progress in heard if progress.stage == f"tune {name}"]
+        assert [(one.tenant, one.round) for one in tuned if one.step == one.steps] == [(name, 1), (name, 2)]
+        way = [(number, state) for number in (1, 2) for state in ("waiting", "tuning", "submitted")]
+        assert [(told.round, told.state) for told in states if told.tenant == name][:6] == way
+    assert {(progress.tenant, progress.round) for progress in heard if progress.stage == "stage 1"} == {(None, None)}
     assert [(one["number"], one["state"], one["submitted"]) for one in report["rounds"]] == [
         (1, "finished", ["alice", "bob"]),
         (2, "finished", ["alice", "bob"]),
@@ -68,8 +75,9 @@ def test_two_rounds_build_on_one_another(tmp_path: Path, method: str, how: str) 
     for number, delta in enumerate((own, latest)):  # what began with an aggregate is a plug-in like any other
         plug_in(base, delta, emulator.manifest, tmp_path / f"plugged-{number}", emulator_files=emulator.files)
     # Everything is done: nobody tunes again, until more rounds are asked for.
-    heard: list[Progress] = []
-    again = run_local(settings, on_progress=heard.append).as_json()
+    heard, states = [], []
+    again = run_local(settings, on_progress=heard.append, on_state=states.append).as_json()
+    assert states == [TenantState(name, "submitted", 2) for name in ("alice", "bob")]
     assert (again["rounds"], [tenant["delta_digest"] for tenant in again["tenants"]]) == (
         [],
         [tenant["delta_digest"] for tenant in report["tenants"]],
@@ -84,14 +92,16 @@ def test_deadlines_of_a_round_and_of_one_data_owner(tmp_path: Path) -> None:
     endless = settings.tune.model_copy(update={"steps": 1_000_000})
     slow = bob.model_copy(update={"tune": endless, "deadline": 15})
     slower = bob.model_copy(update={"tune": endless, "name": "carol"})
-    heard: list[Progress] = []
-    tenants = {"tenants": (slow, alice, slower)}
-    report = run_local(settings.model_copy(update=tenants), on_progress=heard.append).as_json()
+    heard, states = list[Progress](), list[TenantState]()
+    settings = settings.model_copy(update={"tenants": (slow, alice, slower)})
+    report = run_local(settings, on_progress=heard.append, on_state=states.append).as_json()
     (one,) = report["rounds"]
     assert (one["submitted"], one["missing"]) == (
         ["alice"],
         {"bob": "bob took longer than its deadline of 15 seconds.", "carol": "submitted nothing in time"},
     )
+    left_out = [told for told in states if told.state == "left out"]
+    assert left_out == [TenantState(name, "left out", 1, reason) for name, reason in one["missing"].items()]
     assert [tenant["delta_digest"] is None for tenant in report["tenants"]] == [True, False, True]
     # One at a time, though there are two processors.
     tuned = [progress.stage for progress in heard if progress.stage.startswith("tune ")]

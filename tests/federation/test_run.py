@@ -27,7 +27,7 @@ from scaleot_ray.federation.report import RunReport
 from scaleot_ray.federation.role import ACTORS
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.federation.session import Session
-from scaleot_ray.progress import Progress
+from scaleot_ray.progress import Progress, TenantState
 from tests.tiny_run import WORDS, write_text, write_tiny_run
 
 pytestmark = pytest.mark.usefixtures("connected_ray")
@@ -37,8 +37,8 @@ class Run:
     """One run: its report, and the stages that it told of."""
 
     def __init__(self, settings: RunSettings) -> None:
-        self.settings, self.heard = settings, list[Progress]()
-        self.report: RunReport = run_local(settings, on_progress=self.heard.append)
+        self.settings, self.heard, self.states = settings, list[Progress](), list[TenantState]()
+        self.report: RunReport = run_local(settings, on_progress=self.heard.append, on_state=self.states.append)
         self.json: dict[str, Any] = self.report.as_json()
         # On a busy machine a process may be so long in coming that the run says whom it waits for.
         self.stages = {progress.stage for progress in self.heard if " waits for " not in progress.stage}
@@ -131,6 +131,12 @@ def test_progress_comes_from_all_actors(first: Run) -> None:
     for stage in both:
         last = [progress for progress in first.heard if progress.stage == stage][-1]
         assert last.step == last.steps
+        name = stage.rpartition(" ")[2]
+        assert (last.tenant, last.round) == (name, 1 if stage == f"tune {name}" else None)
+    for name in ("alice", "bob"):
+        told = [told.state for told in first.states if told.tenant == name]
+        assert {"waiting", "tuning", "submitted", "measuring"} <= set(told)
+        assert told[-1] == "measured"
 
 
 def test_no_private_path_is_in_what_left(first: Run) -> None:
