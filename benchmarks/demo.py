@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.command import exit_code_of, portable_command
 from benchmarks.environment import environment, now
-from scaleot_ray.cli.bars import ProgressBars
 from scaleot_ray.cli.demo import demo_settings, forget
 from scaleot_ray.cli.output import console, finite
 from scaleot_ray.cli.run import show_report
+from scaleot_ray.cli.run_table import RunTable
 from scaleot_ray.stages.record import write_record
 
 SCHEMA = 1
@@ -43,8 +43,8 @@ def _run(given: list[str]) -> int:
     forget(Path(options.output))
     audit = AuditLog(RunFolder(Path(options.output)).audit)
     before = len(audit.read())
-    with ProgressBars() as bars:
-        report = run_local(settings, on_progress=bars).as_json()
+    with RunTable([tenant.name for tenant in settings.tenants], settings.rounds.count) as table:
+        report = run_local(settings, on_progress=table, on_state=table.change).as_json()
     write_record(options.json, committed(report, given, made))
     show_report(console(sys.stdout), report, audit.read()[before:])
     return 0

@@ -1,4 +1,4 @@
-"""Progress on the screen: bars on a terminal, a line now and then anywhere else."""
+"""Progress of one command on the screen: bars on a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ProgressBars:
         self._bars: Bars | None = None
         self._loading: TaskID | None = None  # shown from the start to the first report
         self._tasks: dict[str, TaskID] = {}
-        self._last_line: dict[str, float] = {}
+        self._lines = ProgressLines(self._stream)
 
     def __enter__(self) -> ProgressBars:
         if self._stream.isatty():
@@ -50,7 +50,7 @@ class ProgressBars:
         """Shows one report."""
         with self._lock:
             if self._bars is None:
-                self._line(progress)
+                self._lines.show(progress)
             else:
                 self._bar(self._bars, progress)
 
@@ -68,15 +68,33 @@ class ProgressBars:
             left=time_left(progress),
         )
 
-    def _line(self, progress: Progress) -> None:
-        now = time.monotonic()
-        last = self._last_line.get(progress.stage)
-        finished = progress.step >= progress.steps
-        if last is not None and not finished and now - last < LINE_SECONDS:
+
+class ProgressLines:
+    """Shows reports as lines: the first and the last of each stage, and one now and then.
+
+    Args:
+        stream: where to.
+        rounds: name the round of a report that has one.
+    """
+
+    def __init__(self, stream: IO[str], rounds: bool = False) -> None:
+        self._stream, self._rounds = stream, rounds
+        self._last: dict[tuple[str, int | None], float] = {}
+
+    def show(self, progress: Progress) -> None:
+        """Shows one report, unless there was a line of its stage just now."""
+        now, key = time.monotonic(), (progress.stage, progress.round)
+        last = self._last.get(key)
+        if last is not None and progress.step < progress.steps and now - last < LINE_SECONDS:
             return
-        self._last_line[progress.stage] = now
+        self._last[key] = now
         parts = [f"{progress.stage}: {progress.step}/{progress.steps}", figures(progress), time_left(progress)]
-        print("  ".join(part for part in parts if part), file=self._stream, flush=True)
+        self.say("  ".join(part for part in parts if part), progress.round)
+
+    def say(self, text: str, number: int | None = None) -> None:
+        """Shows a line, of the round of that number."""
+        prefix = f"round {number}, " if self._rounds and number is not None else ""
+        print(prefix + text, file=self._stream, flush=True)
 
 
 def figures(progress: Progress) -> str:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaleot_ray.cli.bars import ProgressBars, clock
+from scaleot_ray.cli.bars import clock
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption, SetOption
 from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.run_table import RunTable
 from scaleot_ray.cli.tables import bytes_text, margin_text, privacy_text, show_standard_table
 from scaleot_ray.config import RunSettings, load_yaml
 
@@ -28,9 +29,10 @@ def run_command(
     """Run what a YAML file describes: build, tune, plug in, evaluate.
 
     Reads the file (examples/ has some; docs/configuration.md lists every key) and
-    what it names. All data owners tune at the same time. Writes artefacts, audit
-    log and report to the folder that its key output names. Starts a Ray of its
-    own on this machine and stops it at the end.
+    what it names. All data owners tune at the same time; on a terminal a table
+    shows what each does. Writes artefacts, audit log and report to the folder that
+    its key output names. Starts a Ray of its own on this machine and stops it at
+    the end.
 
     Examples:
 
@@ -44,14 +46,14 @@ def run_command(
 
 def run(settings: RunSettings, out: Output) -> None:
     """Runs and shows the report (``scaleot run`` and ``scaleot demo`` alike)."""
-    with ProgressBars() as bars:
+    with RunTable([tenant.name for tenant in settings.tenants], settings.rounds.count) as table:
         from scaleot_ray.artifacts.audit import AuditLog
         from scaleot_ray.federation.folder import RunFolder
         from scaleot_ray.federation.run import run_local
 
         audit = AuditLog(RunFolder(Path(settings.output).expanduser()).audit)
         before = len(audit.read())
-        report = run_local(settings, on_progress=bars, debug=out.debug)
+        report = run_local(settings, on_progress=table, on_state=table.change, debug=out.debug)
     document = report.as_json()
     out.result(document, lambda console: show_report(console, document, audit.read()[before:]))
 
