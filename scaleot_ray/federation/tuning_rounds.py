@@ -21,6 +21,8 @@ from scaleot_ray.federation.run_state import RunState, Tenant
 from scaleot_ray.federation.schedule import Work
 from scaleot_ray.federation.works import tuning
 
+_NO_PART = "it takes no part"
+
 
 class TuningRounds:
     """Leads the data owners of a run through its rounds.
@@ -48,6 +50,8 @@ class TuningRounds:
                 tenant.entry = actors.ask_coordinator("entry", tenant.name, last)
                 if tenant.entry is not None:
                     self._state.tell(tenant, "submitted", tenant.entry.round)
+                elif last is None:
+                    self._state.tell(tenant, "left out", reason=_NO_PART)
         self._open = None
 
     def possible(self) -> list[Work]:
@@ -102,7 +106,7 @@ class TuningRounds:
         if tenant.tuning is not None:
             return  # late: it goes on for the round before
         if tenant.name not in self._open.submitted:
-            state.tell(tenant, "left out", number, "it takes no part")
+            state.tell(tenant, "left out", number, _NO_PART)
         else:
             state.tell(tenant, "submitted" if tenant.submitted >= number else "waiting", number)
 

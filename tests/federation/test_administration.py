@@ -14,7 +14,7 @@ from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.federation.session import Session
 from scaleot_ray.federation.status import run_status
-from scaleot_ray.progress import Progress
+from scaleot_ray.progress import Progress, TenantState
 from tests.federation.tiny_deltas import TinyDeltas, ended_run
 from tests.tiny_run import write_tiny_run
 
@@ -114,16 +114,22 @@ def test_who_is_cancelled_while_it_tunes_is_not_waited_for(tmp_path: Path, conne
     settings = write_tiny_run(tmp_path, evaluator=False, tune=tune, rounds={"quorum": 1}, aggregation={})
     endless = settings.tenants[1].model_copy(update={"tune": settings.tune.model_copy(update={"steps": 1_000_000})})
     settings = settings.model_copy(update={"tenants": (settings.tenants[0], endless)})
-    folder, asked = RunFolder(Path(settings.output)), list[threading.Thread]()
+    folder, asked, states = RunFolder(Path(settings.output)), list[threading.Thread](), list[TenantState]()
 
     def on_progress(progress: Progress) -> None:
         if progress.stage == "tune bob" and progress.step > 30 and not asked:
             asked.append(threading.Thread(target=administer, args=(folder, Request("cancel", "bob", "too slow"))))
             asked[0].start()
 
-    report = run_local(settings, on_progress=on_progress).as_json()
+    report = run_local(settings, on_progress=on_progress, on_state=states.append).as_json()
     asked[0].join()
     (one,) = report["rounds"]
     assert (one["submitted"], one["missing"]) == (["alice"], {"bob": "bob was cancelled: too slow."})
+    assert [told for told in states if told.tenant == "bob"][-1] == TenantState(
+        "bob", "left out", 1, "bob was cancelled: too slow."
+    )
     status = run_status(folder)
     assert (by_name(status)["bob"]["state"], status["under_way"]) == ("cancelled", False)
+    states.clear()
+    run_local(settings, on_state=states.append)  # everything is done
+    assert states == [TenantState("alice", "submitted", 1), TenantState("bob", "left out", None, "it takes no part")]
