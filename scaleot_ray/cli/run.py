@@ -30,9 +30,9 @@ def run_command(
 
     Reads the file (examples/ has some; docs/configuration.md lists every key) and
     what it names. All data owners tune at the same time; on a terminal a table
-    shows what each does. Writes artefacts, audit log and report to the folder that
-    its key output names. Starts a Ray of its own on this machine and stops it at
-    the end.
+    shows what each does. Writes artefacts, audit log and report to the folder
+    that its key output names. Starts a Ray of its own on this machine and stops
+    it at the end.
 
     Examples:
 

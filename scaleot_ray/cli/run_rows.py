@@ -80,7 +80,7 @@ class TenantRow:
         if self.shown is not None:
             return _without(self.name, self.shown.stage)
         if self.busy:
-            return "starts"
+            return "starts tuning" if self._state == "tuning" else "starts measuring"
         return self.reason or self.condition
 
 

@@ -73,7 +73,7 @@ def test_those_left_out_have_a_share_and_no_more() -> None:
     for name in MANY[20:]:
         table.change(TenantState(name, "left out", 1, "too late"))
     lines = shown(table)
-    assert [line for line in lines if "starts" in line] == lines[1:17]
+    assert [line for line in lines if "starts tuning" in line] == lines[1:17]
     assert [line for line in lines if line.endswith("left out: too late")] == lines[17:22]
     assert lines[22] == "20 at work, 20 left out"
 
@@ -95,11 +95,11 @@ def test_a_row_shows_what_is_done_now() -> None:
     table = begun(["alice", "tune"])
     assert row_of(table, "alice") == "alice waiting"
     tuning(table, "alice")
-    assert row_of(table, "alice") == "alice starts"
+    assert row_of(table, "alice") == "alice starts tuning"
     table(Progress("data owner alice waits for 2 processors", 0, 1, tenant="alice"))
     assert row_of(table, "alice") == "alice data owner waits for 2 processors"
     table(Progress("data owner alice waits for 2 processors", 1, 1, tenant="alice"))
-    assert row_of(table, "alice") == "alice starts"
+    assert row_of(table, "alice") == "alice starts tuning"
     table(Progress("tune alice", 20, 20, 2.5, 130.0, 0.0, "alice", 1))
     table(Progress("emulator tuned alice", 1, 24, 2.25, None, 5.0, "alice", 1))
     assert row_of(table, "alice") == "alice emulator tuned 2.250 0:05"
@@ -118,7 +118,7 @@ def test_a_late_report_changes_nothing() -> None:
     assert shown(table)[-1] == "round 1: 1 submitted"
     tuning(table, "alice", 2)
     table(Progress("emulator tuned alice", 24, 24, 9.0, tenant="alice", round=1))
-    assert row_of(table, "alice") == "alice 2 starts 2.250"
+    assert row_of(table, "alice") == "alice 2 starts tuning 2.250"
 
 
 def test_tuning_is_shown_before_the_evaluator_beside_it() -> None:
@@ -138,6 +138,7 @@ def test_tuning_is_shown_before_the_evaluator_beside_it() -> None:
 def test_rows_of_the_full_model_measured_early_leave_a_data_owner_waiting() -> None:
     table = begun(["alice"])
     table.change(TenantState("alice", "measuring"))
+    assert row_of(table, "alice") == "alice starts measuring"
     assert shown(table)[-1] == "1 at work"
     table.change(TenantState("alice", "measured"))
     assert shown(table)[-1] == "1 waiting"
