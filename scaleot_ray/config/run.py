@@ -67,6 +67,12 @@ class RunSettings(OwnerSettings):
     tenants_at_once: int | None = Field(
         None, ge=1, description="at most so many data owners tune at the same time; default: as many as fit"
     )
+    tenants_per_process: int = Field(
+        1,
+        ge=1,
+        description="at most so many data owners with tune.method=lora share one process and one pass through the "
+        "emulator's frozen weights (packed); only such as claim the same cpus and gpus on the same node_labels",
+    )
     evaluator: bool = Field(
         False,
         description="declare an evaluator that holds the full model and the tenants' test data; "
@@ -109,6 +115,18 @@ class RunSettings(OwnerSettings):
             raise ValueError(
                 f"{asked[0]} is about a cluster's nodes, but the environment is local; set environment to cluster, or "
                 f"leave {asked[0]} out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packs_share(self) -> RunSettings:
+        methods = {tenant.name: self.tune_of(tenant).method for tenant in self.tenants}
+        name = next((name for name, method in methods.items() if method != "lora"), None)
+        if self.tenants_per_process > 1 and name is not None:
+            raise ValueError(
+                f"tenants_per_process is {self.tenants_per_process}, but {name} tunes with {methods[name]}: only "
+                "low-rank pairs stand beside frozen weights that others share; set tune.method to lora, or leave "
+                "tenants_per_process out"
             )
         return self
 

@@ -169,10 +169,9 @@ class Actors:
         if actor.pid is not None:
             wait_for_end(actor.pid, _UNWIND_SECONDS)
 
-    def stop_role(self, role: str) -> None:
-        """Ends whoever has this role, if anyone."""
-        for actor in [actor for actor in self.living if actor.role == role]:
-            self.stop(actor)
+    def of(self, role: str) -> list[Running]:
+        """Who has this role, if anyone."""
+        return [actor for actor in self.living if actor.role == role]
 
     def call(self, actor: Running, answer: ray.ObjectRef, then: Then = _nothing, failed: Failed = _fatal) -> None:
         """Has an answer seen to when it comes.

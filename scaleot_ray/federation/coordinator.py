@@ -115,7 +115,6 @@ class Coordinator(Role):
         self._events = Events(self._folder.log, self._folder.path.name)
         self._audit = AuditLog(self._folder.audit, self._events.metrics.crossed)
         self._opened: RoundKeeper | None = None
-        self._round: int | None = None
         self._emulator: ray.ObjectRef | None = None
         self._reports: dict[str, Progress] = {}
         self._heard = time.monotonic()
@@ -176,7 +175,6 @@ class Coordinator(Role):
         if found is None:
             return None
         opened = self._described(found)
-        self._round = found.number
         self._events.round_begins(found, opened.submitted)
         return opened
 
@@ -286,7 +284,7 @@ class Coordinator(Role):
     def report(self, progress: Progress, role: str) -> None:
         """Takes a progress report of someone; a later one of the same stage replaces it."""
         self._reports[progress.stage] = progress
-        self._events.metrics.progress(role, self._round, progress)
+        self._events.metrics.progress(role, progress)
 
     @ray.method(concurrency_group="progress")
     def reports(self) -> list[Progress]:

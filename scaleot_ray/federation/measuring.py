@@ -73,7 +73,7 @@ class Measuring:
             if not self._has_all(tenant):
                 measure()  # the delta came meanwhile: the model is loaded already
                 return
-            state.finish(actor, tenant, "evaluate", begun)
+            state.finish(actor, [tenant], "evaluate", begun)
             state.tell(tenant, "measured")
 
         measure()

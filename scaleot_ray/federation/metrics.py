@@ -6,7 +6,7 @@ Ray puts ``ray_`` in front of each name; docs/administration.md has the list, cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -43,11 +43,11 @@ class RunMetrics:
         self._crossings = Counter("scaleot_crossings", "Artefacts and tables at the gate, by decision.", crossing)
         self._bytes = Counter("scaleot_crossed_bytes", "Their bytes.", crossing)
 
-    def progress(self, role: str, number: int | None, report: Progress) -> None:
+    def progress(self, role: str, report: Progress) -> None:
         """A report of a stage; ``role`` is who it comes from, e.g. ``data owner alice``."""
-        kind, tenant = _who(role)
-        stage = report.stage.removesuffix(f" {tenant}") if tenant else report.stage
-        tags = self._tags(role=kind, tenant=tenant, round=_text(number), stage=stage)
+        own = f" {report.tenant}" if report.tenant else ""
+        kind, stage = role.removesuffix(own), report.stage.removesuffix(own)
+        tags = self._tags(role=kind, tenant=report.tenant or "", round=_text(report.round), stage=stage)
         self._done.set(report.step / max(report.steps, 1), tags)
         if report.loss is not None:
             self._loss.set(report.loss, tags)
@@ -81,17 +81,6 @@ class RunMetrics:
 
     def _tags(self, **tags: str) -> dict[str, str]:
         return {"run": self._run, **tags}
-
-
-def _who(role: str) -> tuple[str, str]:
-    """``data owner alice`` → ``data owner``, ``alice``; a role without a tenant has an empty one."""
-    for kind in _OF_TENANTS:
-        if role.startswith(f"{kind} "):
-            return kind, role.removeprefix(f"{kind} ")
-    return role, ""
-
-
-_OF_TENANTS: Sequence[str] = ("data owner", "evaluator")
 
 
 def _text(number: int | None) -> str:

@@ -74,21 +74,23 @@ class Role:
                 time.sleep(_LOST_SECONDS)
         raise lost
 
-    def reporter(self, number: int | None = None) -> OnProgress:
+    def reporter(self, number: int | None = None, role: str | None = None) -> OnProgress:
         """A callback that passes progress on to the coordinator, without waiting for it.
 
         Args:
             number: of the round that it is about.
+            role: whose progress it is; default: of the actor itself.
         """
         last: dict[str, float] = {}
-        tenant = tenant_of(self.name)
+        who = role or self.name
+        tenant = tenant_of(who)
 
         def report(progress: Progress) -> None:
             now = time.monotonic()
             finished = progress.step >= progress.steps
             if finished or now - last.get(progress.stage, -_REPORT_SECONDS) >= _REPORT_SECONDS:
                 last[progress.stage] = now
-                self.coordinator.report.remote(replace(progress, tenant=tenant, round=number), self.name)
+                self.coordinator.report.remote(replace(progress, tenant=tenant, round=number), who)
 
         return report
 

@@ -99,16 +99,18 @@ class RunState:
         if self.on_state is not None:
             self.on_state(TenantState(tenant.name, state, number, reason))
 
-    def finish(self, actor: Running, tenant: Tenant, stage: str, begun: float) -> None:
-        """Ends an actor that has done its work, and notes how long that took."""
+    def finish(self, actor: Running, tenants: Sequence[Tenant], stage: str, begun: float) -> None:
+        """Ends an actor that has done its work for these data owners, and notes how long that took."""
         self.actors.stop(actor)
         self.schedule.over(actor.role)
         now = time.monotonic()
-        tenant.seconds[stage] = tenant.seconds.get(stage, 0.0) + now - begun
+        for tenant in tenants:
+            tenant.seconds[stage] = tenant.seconds.get(stage, 0.0) + now - begun
         first, _ = self.spans.get(stage, (begun, now))
         self.spans[stage] = (min(first, begun), now)
 
     def end_work(self, role: str) -> None:
         """Ends whoever has this role in the midst of its work, if anyone."""
-        self.actors.stop_role(role)
+        for actor in self.actors.of(role):
+            self.actors.stop(actor)
         self.schedule.over(role)

@@ -7,14 +7,15 @@ process dies starts again, and is left out where the quorum holds without it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from scaleot_ray.errors import RunFailed, ScaleOTError
 from scaleot_ray.federation.actors import Running
-from scaleot_ray.federation.coordinator import Entry, Opened, data_owner
-from scaleot_ray.federation.data_owner import DataOwner
+from scaleot_ray.federation.coordinator import Entry, Opened
+from scaleot_ray.federation.data_owner import DataOwner, PackedDataOwners
 from scaleot_ray.federation.failure import has_died
+from scaleot_ray.federation.packs import Pack, Packs
 from scaleot_ray.federation.registry import Round
 from scaleot_ray.federation.report import RoundResult
 from scaleot_ray.federation.run_state import RunState, Tenant
@@ -37,6 +38,7 @@ class TuningRounds:
         self._state, self._start_what_fits = state, start_what_fits
         self._open: Opened | None = None
         self._last = False  # the round under way is the last: what data owners submit stays
+        self._packs = Packs(state.settings.tenants_per_process, state.schedule)
 
     def run(self) -> None:
         """Every round that the registry does not have yet; then each data owner's entry is final."""
@@ -59,15 +61,25 @@ class TuningRounds:
         state, opened = self._state, self._open
         if opened is None:
             return []
-        busy = {tenant.name for tenant in state.tenants if state.schedule.has(data_owner(tenant.name))}
+        busy = [tenant for tenant in state.tenants if tenant.tuning is not None or self._packs.of(tenant) is not None]
         most = state.settings.tenants_at_once
-        room = max(most - len(busy), 0) if most is not None else None
-        works = [
-            tuning(state.needs, tenant.settings, partial(self._tune, tenant), partial(self._left_out, tenant))
+        waiting = [
+            tenant
             for tenant in self._taking_part()
-            if tenant.name not in busy and tenant.left_out is None and tenant.submitted < opened.round.number
+            if tenant not in busy and tenant.left_out is None and tenant.submitted < opened.round.number
         ]
-        return works[:room]
+        if most is not None:
+            waiting = waiting[: max(most - len(busy), 0)]
+        return [self._work(pack) for pack in self._packs.grouped(waiting)]
+
+    def _work(self, pack: Pack) -> Work:
+        return tuning(
+            self._state.needs,
+            pack.role,
+            [tenant.settings for tenant in pack.tenants],
+            partial(self._tune, pack),
+            partial(self._no_place, pack),
+        )
 
     def leave_out(self, tenant: Tenant, why: str) -> None:
         """Expects nothing more of a data owner in the round under way, and ends its tuning."""
@@ -136,25 +148,28 @@ class TuningRounds:
             if self._last or not useful:
                 self._end_tuning(tenant)
 
-    def _tune(self, tenant: Tenant) -> None:
+    def _tune(self, pack: Pack) -> None:
         assert self._open is not None
         state, actors, number, final = self._state, self._state.actors, self._open.round.number, self._last
-        tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, time.monotonic()
-        actors.call_coordinator("begin_part", number, tenant.name)
-        state.tell(tenant, "tuning", number)
-        part = state.part(tenant, state.folder.tenant(tenant.name))
-        cpus, gpus = tenant.settings.cpus, tenant.settings.gpus
-        actor = actors.start(data_owner(tenant.name), DataOwner, cpus, gpus, part, failed=lambda error: failed(error))
         begun = time.monotonic()
+        for tenant in pack.tenants:
+            tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, begun
+            actors.call_coordinator("begin_part", number, tenant.name)
+            state.tell(tenant, "tuning", number)
+        actor = self._start(pack, lambda error: self._tuning_failed(pack, actor, error))
 
-        def tuned(_: None) -> None:
-            # What counts is what passed the gate, so the coordinator is asked, not the data owner.
-            actors.call_coordinator("entry", tenant.name, then=took)
+        def tuned(failures: Mapping[str, ScaleOTError] | None) -> None:
+            state.finish(actor, pack.tenants, "tune", begun)
+            for tenant in list(pack.tenants):
+                if failures is not None and tenant.name in failures:
+                    self._left_out(tenant, failures[tenant.name])
+                else:
+                    # What counts is what passed the gate, so the coordinator is asked, not the data owner.
+                    actors.call_coordinator("entry", tenant.name, then=partial(took, tenant))
 
-        def took(entry: Entry | None) -> None:
-            if actor not in actors.living:
+        def took(tenant: Tenant, entry: Entry | None) -> None:
+            if tenant.tuning != number:
                 return  # left out, or its round closed, while the coordinator was asked
-            state.finish(actor, tenant, "tune", begun)
             tenant.tuning = None
             if entry is None:
                 return  # revoked meanwhile
@@ -163,26 +178,40 @@ class TuningRounds:
             if final or self._last:
                 tenant.entry = entry
 
-        def failed(error: Exception) -> bool:
-            return self._tuning_failed(tenant, actor, error)
+        if len(pack.tenants) == 1:
+            answer = actor.handle.tune.remote(number, pack.tenants[0].token)
+        else:
+            answer = actor.handle.tune.remote(number, {tenant.name: tenant.token for tenant in pack.tenants})
+        actors.call(actor, answer, tuned, lambda error: self._tuning_failed(pack, actor, error))
 
-        actors.call(actor, actor.handle.tune.remote(number, tenant.token), tuned, failed)
+    def _start(self, pack: Pack, failed: Callable[[Exception], bool]) -> Running:
+        state, first = self._state, pack.tenants[0].settings
+        parts = [state.part(tenant, state.folder.tenant(tenant.name)) for tenant in pack.tenants]
+        start = partial(state.actors.start, pack.role, failed=failed)
+        if len(parts) == 1:
+            return start(DataOwner, first.cpus, first.gpus, parts[0])
+        return start(PackedDataOwners, first.cpus, first.gpus, pack.role, parts)
 
-    def _tuning_failed(self, tenant: Tenant, actor: Running, error: Exception) -> bool:
-        """What becomes of a data owner whose tuning failed: it starts again, or is left out of the round."""
+    def _tuning_failed(self, pack: Pack, actor: Running, error: Exception) -> bool:
+        """What becomes of data owners whose process failed: they start again, or are left out of the round."""
         actors = self._state.actors
         if actor not in actors.living:
             return True  # both answers of a dead actor fail; the first has been seen to
         problem = actors.failure(actor, error)
         attempts = self._state.settings.rounds.attempts
-        if has_died(error) and tenant.attempts < attempts:
+        for tenant in list(pack.tenants):
             number = tenant.tuning
-            self._end_tuning(tenant)
-            why = f"died and starts again ({tenant.attempts + 1} of {attempts})"
-            self._state.tell(tenant, "waiting", number, why)
-            return True
-        self._left_out(tenant, problem)
+            if has_died(error) and tenant.attempts < attempts:
+                self._end_tuning(tenant)
+                why = f"died and starts again ({tenant.attempts + 1} of {attempts})"
+                self._state.tell(tenant, "waiting", number, why)
+            else:
+                self._left_out(tenant, problem)
         return True
+
+    def _no_place(self, pack: Pack, problem: ScaleOTError) -> None:
+        for tenant in list(pack.tenants):
+            self._left_out(tenant, problem)
 
     def _left_out(self, tenant: Tenant, problem: ScaleOTError) -> None:
         assert self._open is not None
@@ -192,8 +221,14 @@ class TuningRounds:
         self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, problem.problem)
 
     def _end_tuning(self, tenant: Tenant) -> None:
-        self._state.end_work(data_owner(tenant.name))
         tenant.tuning = None
+        actors = self._state.actors
+
+        def leave(pack: Pack) -> None:
+            for actor in actors.of(pack.role):
+                actors.call(actor, actor.handle.leave.remote(tenant.name), failed=lambda _: True)
+
+        self._packs.leave(tenant, leave, lambda pack: self._state.end_work(pack.role))
 
     def _missing(self, ended: Opened) -> dict[str, str]:
         """Who is not in a round, and why."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from scaleot_ray.config import RunSettings, TenantSettings
 from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.coordinator import MODEL_OWNER, data_owner, evaluator
-from scaleot_ray.federation.needs import Memory, Needs
+from scaleot_ray.federation.needs import PROCESS, Memory, Needs
 from scaleot_ray.federation.schedule import Work
 
 Begin = Callable[[], None]
@@ -21,11 +21,17 @@ def building(settings: RunSettings, needs: Needs, begin: Begin) -> Work:
 
 
 def tuning(
-    needs: Needs, tenant: TenantSettings, begin: Begin, no_place: Callable[[ScaleOTError], None] | None = None
+    needs: Needs,
+    role: str,
+    tenants: Sequence[TenantSettings],
+    begin: Begin,
+    no_place: Callable[[ScaleOTError], None] | None = None,
 ) -> Work:
-    """A data owner's tuning, where its data is; without a place for it the others may do."""
-    work = _of(data_owner(tenant.name), tenant, needs.data_owners, begin, tenant.node_labels)
-    return replace(work, no_place=no_place)
+    """The tuning of data owners in one process, where their data is; without a place for it the others may do."""
+    works = [_of(role, tenant, needs.data_owners, begin, tenant.node_labels) for tenant in tenants]
+    # Each estimate has a process of its own in it.
+    memory = sum(work.memory for work in works) - PROCESS * (len(works) - 1)
+    return replace(works[0], memory=memory, no_place=no_place)
 
 
 def measuring(settings: RunSettings, needs: Needs, tenant: TenantSettings, begin: Begin) -> Work:
@@ -40,7 +46,7 @@ def all_works(settings: RunSettings, needs: Needs) -> list[Work]:
         raise AssertionError("this work is only looked at")
 
     found = [building(settings, needs, never)]
-    found += [tuning(needs, tenant, never) for tenant in settings.tenants]
+    found += [tuning(needs, data_owner(tenant.name), [tenant], never) for tenant in settings.tenants]
     if settings.evaluator:
         found += [measuring(settings, needs, tenant, never) for tenant in settings.tenants]
     return found

@@ -288,7 +288,11 @@ def test_prometheus_finds_a_runs_metrics(coordinator: Any, parts: Parts, tmp_pat
     publish(coordinator, parts.folder / "emulator", tmp_path)
     token = begin(coordinator)
     ray.get(coordinator.begin_part.remote(1, "alice"))
-    ray.get(coordinator.report.remote(Progress("tune alice", 3, 12, 2.5, 100.0), "data owner alice"))
+    ray.get(
+        coordinator.report.remote(
+            Progress("tune alice", 3, 12, 2.5, 100.0, tenant="alice", round=1), "data owner alice"
+        )
+    )
     with pytest.raises(ArtifactRefused):
         ray.get(coordinator.submit.remote("alice", "guessed", 1, to_shared(parts.delta), to_shared(parts.metrics)))
     ray.get(coordinator.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
