@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 import pytest
 
 from scaleot_ray.artifacts import AuditLog
+from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner, evaluator, tenant_of
 from scaleot_ray.errors import ResourcesMissing
 
 
@@ -141,3 +142,9 @@ def test_full_disk_stops_the_crossing_and_leaves_no_half_line(tmp_path):
         assert 2 < len(lines.splitlines()) < 100
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def test_whose_a_party_is():
+    names = ("alice", "owner", "evaluator", "data")
+    assert [tenant_of(data_owner(name)) for name in names] == [tenant_of(evaluator(name)) for name in names] == [*names]
+    assert [tenant_of(party) for party in (MODEL_OWNER, "coordinator", "evaluators", "data owners")] == [None] * 4
