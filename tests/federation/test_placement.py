@@ -115,7 +115,8 @@ def on_cluster(folder: Path, alice: dict[str, str] | None = None, **changes: Any
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """A cluster of three nodes on this machine, on which two runs each lose a node: see ``nodes_scenario``."""
     folder = tmp_path_factory.mktemp("nodes")
-    common = {"evaluator": False, "tune": {"steps": 60}}
+    # Long enough that nobody is done when the last one has begun, however slowly its process comes.
+    common = {"evaluator": False, "tune": {"steps": 300}}
     scenarios = [
         {
             "settings": {**common, "rounds": {"quorum": 1}, "placement": {"timeout": 3}},
