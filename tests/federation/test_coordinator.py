@@ -22,7 +22,7 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.config import EmulatorSettings, RoundSettings
+from scaleot_ray.config import AggregationSettings, EmulatorSettings, RoundSettings
 from scaleot_ray.emulator.assemble import assemble
 from scaleot_ray.errors import ArtifactRefused, RunFailed
 from scaleot_ray.evaluation.loss import LossScore
@@ -327,6 +327,31 @@ def exported() -> list[tuple[str, dict[str, str], float]]:
         if family.name.startswith("ray_scaleot")
         for sample in family.samples
     ]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.2])
+def test_killed_while_it_ends_a_round_it_ends_it_once(
+    connected_ray: Session, parts: Parts, tmp_path: Path, seconds: float
+) -> None:
+    rounds, how = RoundSettings(count=2), AggregationSettings(server="momentum")
+    charge = Charge(str(tmp_path), str(tmp_path / "registry"), rounds, how, {"alice": 1.0}, {})
+    actor = start(Coordinator, 1, 0, charge, mark="", claim=False)
+    publish(actor, parts.folder / "emulator", tmp_path)
+    token = begin(actor)
+    ray.get(actor.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    process = psutil.Process(ray.get(actor.present.remote()).pid)
+    answer = actor.end_round.remote(1)
+    time.sleep(seconds)
+    process.kill()
+    ended = ray.get(answer)
+    assert (ended.round.state, ended.submitted, ended.last) == ("finished", {"alice": True}, False)
+    again = ray.get(actor.end_round.remote(1))
+    assert again.round == ended.round
+    made = ray.get(actor.in_common.remote())
+    assert (made.round, made.version) == (1, 1)
+    assert read_artifact(made.folder).digest == made.digest
+    assert ray.get(actor.begin_round.remote(["alice"])).round.start == made.digest
+    stop(actor)
 
 
 def test_without_a_driver_the_coordinator_ends_itself(connected_ray: Session, tmp_path: Path) -> None:

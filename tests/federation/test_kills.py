@@ -33,7 +33,7 @@ SETTINGS = {
     "stage_one": {"steps": 20, "checkpoint_every": 5},
     "tune": {"steps": 60, "checkpoint_every": 5},
     "rounds": {"count": ROUNDS},
-    "aggregation": {"method": "mean", "server": "fedavgm"},
+    "aggregation": {"method": "mean", "server": "momentum"},
 }
 VICTIMS = ("driver", "ModelOwner", "DataOwner", "DataOwner", "Coordinator", "Evaluator", "raylet")
 LONGEST = 40.0
