@@ -84,7 +84,10 @@ def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[M
 
 def _from_here(directory: str) -> str:
     """A path as short as it can be typed in the present folder."""
-    path, here = Path(directory), Path.cwd()
+    try:
+        path, here = Path(directory), Path.cwd()
+    except FileNotFoundError:  # a job's working folder may be gone by the time it ends
+        return directory
     return str(path.relative_to(here)) if path.is_relative_to(here) else directory
 
 

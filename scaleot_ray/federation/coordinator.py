@@ -184,6 +184,10 @@ class Coordinator(Role):
         self._events.tuning_starts(tenant, number, attempt)
         return attempt
 
+    def died(self, number: int, tenant: str, reason: str) -> None:
+        """Records that the process died in which a data owner tuned."""
+        self._events.died(tenant, number, reason)
+
     def leave_out(self, number: int, tenant: str, reason: str) -> None:
         """Records that nothing is to be expected of a data owner in a round any more."""
         self._keeper.leave_out(number, tenant, reason)
@@ -210,10 +214,12 @@ class Coordinator(Role):
         """
         sent = Sent(tenant, token, number, lambda: from_shared(delta), lambda: from_shared(metrics), data_digest)
         try:
-            self._events.submitted(self._keeper.take(sent))
+            taken = self._keeper.take(sent)
         except ArtifactRefused as error:
             self._events.refused(tenant, number, error.problem)
             raise
+        current = self._keeper.registry.rounds.get(taken.round)
+        self._events.submitted(taken, current, sum(self._keeper.taking_part(taken.round).values()))
 
     def entry(self, tenant: str, number: int | None = None) -> Entry | None:
         """What the registry has of a data owner, without the delta itself: of a round, or the latest."""

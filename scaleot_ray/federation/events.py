@@ -51,11 +51,16 @@ class Events:
         self._log.warning(f"left out: {reason}", round=number, tenant=tenant)
         self.metrics.left_out(tenant, number)
 
-    def submitted(self, found: Submission) -> None:
-        """A delta has passed the gate, and is in the registry."""
+    def died(self, tenant: str, number: int, reason: str) -> None:
+        """The process that a data owner tuned in has died; it starts again, or is left out next."""
+        self._log.warning(reason, round=number, tenant=tenant)
+
+    def submitted(self, found: Submission, current: Round, there: int) -> None:
+        """A delta has passed the gate, and is in the registry; ``there`` count in its round by now."""
         late = f" late, from round {found.tuned_round}," if found.round != found.tuned_round else ""
         what = f"submitted {found.digest[:16]}{late} ({found.bytes} bytes, norm {found.norm:.4g})"
         self._log.info(what, round=found.round, tenant=found.tenant)
+        self.metrics.round_is(current, there)
 
     def refused(self, tenant: str, number: int, reason: str) -> None:
         """A submission was refused."""

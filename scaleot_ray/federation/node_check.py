@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError
 
-from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner
+from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner, evaluator
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
@@ -55,14 +55,18 @@ def look_at_owner(settings: RunSettings) -> OwnerFacts:
 def look_at_tenants(settings: RunSettings, owner: OwnerFacts) -> dict[str, int]:
     """Looks at each data owner's datasets on a node with its labels; gives their bytes on disk.
 
+    With evaluators, which hold the full model, also on a node that may have that: they read the same rows.
+
     Raises:
         ConfigError, DataError: they are not there, or not what the settings say.
         ResourcesMissing: no node with its labels answers.
     """
-    asked = {
-        data_owner(check.tenant.name): _look_at_tenant.options(**_on(check.tenant.node_labels)).remote(check, owner)
-        for check in tenant_checks(settings)
-    }
+    asked, places = {}, settings.placement
+    for check in tenant_checks(settings):
+        name = check.tenant.name
+        asked[data_owner(name)] = _look_at_tenant.options(**_on(check.tenant.node_labels)).remote(check, owner)
+        if settings.evaluator:
+            asked[evaluator(name)] = _look_at_tenant.options(**_on(places.owner_labels)).remote(check, owner)
     found = _answers(asked)
     return {tenant.name: found[data_owner(tenant.name)] for tenant in settings.tenants}
 

@@ -202,6 +202,7 @@ class TuningRounds:
         for tenant in list(pack.tenants):
             number = tenant.tuning
             if has_died(error) and tenant.attempts < attempts:
+                actors.call_coordinator("died", number, tenant.name, problem.problem.splitlines()[0])
                 self._end_tuning(tenant)
                 why = f"died and starts again ({tenant.attempts + 1} of {attempts})"
                 self._state.tell(tenant, "waiting", number, why)
