@@ -16,7 +16,8 @@ def probe(folder: str) -> dict[str, float | bool]:
     """Seconds until a task has answered, and whether it read the array without a copy.
 
     Args:
-        folder: for Ray's session files, as short as :func:`scaleot_ray.federation.machine.session_folder` makes it.
+        folder: for Ray's session files, as short as
+            :func:`scaleot_ray.federation.resources.machine.session_folder` makes it.
     """
     start = time.monotonic()
     import numpy

@@ -37,7 +37,7 @@ def status_command(
     """
     with working(context, "Run the same command again.") as out:
         from scaleot_ray.federation.folder import RunFolder
-        from scaleot_ray.federation.status import run_status
+        from scaleot_ray.federation.rounds.status import run_status
 
         document = run_status(RunFolder(Path(run).expanduser()))
         out.result(document, lambda console: _show(console, document))

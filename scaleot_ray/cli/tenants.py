@@ -16,7 +16,7 @@ from scaleot_ray.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from scaleot_ray.federation.administration import Action
+    from scaleot_ray.federation.rounds.administration import Action
 
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the registry.")]
 _NAME = "NAME"
@@ -84,15 +84,15 @@ def revoke_command(
 
 
 def _administer(run: str, action: Action, name: str, reason: str) -> list[int]:
-    from scaleot_ray.federation.administration import Request, administer
     from scaleot_ray.federation.folder import RunFolder
+    from scaleot_ray.federation.rounds.administration import Request, administer
 
     return administer(RunFolder(Path(run).expanduser()), Request(action, name, reason))
 
 
 def _show_tenants(out: Output, run: str) -> None:
     from scaleot_ray.federation.folder import RunFolder
-    from scaleot_ray.federation.status import run_status
+    from scaleot_ray.federation.rounds.status import run_status
 
     document = run_status(RunFolder(Path(run).expanduser()))
     out.result(document, lambda console: _show(console, document))

@@ -11,16 +11,16 @@ from scaleot_ray.config import RunSettings
 from scaleot_ray.data.dataset_key import check_sources
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
-from scaleot_ray.federation.data_check import check_public, model_tokenizer, tenant_checks
-from scaleot_ray.federation.machine import this_machine
-from scaleot_ray.federation.needs import RAY, Needs, run_needs
-from scaleot_ray.federation.node_check import look_at_owner, look_at_tenants
-from scaleot_ray.federation.nodes import living_nodes
-from scaleot_ray.federation.placement import Placement, check_labels, check_places
+from scaleot_ray.federation.driver.placement import Placement, check_labels, check_places
+from scaleot_ray.federation.driver.schedule import MachineSchedule, Schedule
+from scaleot_ray.federation.driver.works import all_works
 from scaleot_ray.federation.preflight import check_storage, preflight
-from scaleot_ray.federation.schedule import MachineSchedule, Schedule
-from scaleot_ray.federation.session import Session, local_ray, ray_is_given
-from scaleot_ray.federation.works import all_works
+from scaleot_ray.federation.resources.data_check import check_public, model_tokenizer, tenant_checks
+from scaleot_ray.federation.resources.machine import this_machine
+from scaleot_ray.federation.resources.needs import RAY, Needs, run_needs
+from scaleot_ray.federation.resources.node_check import look_at_owner, look_at_tenants
+from scaleot_ray.federation.resources.nodes import living_nodes
+from scaleot_ray.federation.resources.session import Session, local_ray, ray_is_given
 from scaleot_ray.progress import OnProgress
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
-from scaleot_ray.federation.artifact_location import Location
-from scaleot_ray.federation.artifact_store import KEY
-from scaleot_ray.federation.machine import Machine, free_disk
-from scaleot_ray.federation.needs import RAY, Memory, Needs
+from scaleot_ray.federation.resources.machine import Machine, free_disk
+from scaleot_ray.federation.resources.needs import RAY, Memory, Needs
+from scaleot_ray.federation.rounds.artifact_location import Location
+from scaleot_ray.federation.rounds.artifact_store import KEY
 from scaleot_ray.plugin.aggregation import check_fits_tuning
 
 _GB = 1e9

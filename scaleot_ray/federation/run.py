@@ -7,15 +7,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from scaleot_ray.config import DataSettings, RunSettings
-from scaleot_ray.federation.actors import Actors
-from scaleot_ray.federation.administration import note_artifacts
+from scaleot_ray.federation.driver.actors import Actors
+from scaleot_ray.federation.driver.phases import Phases
+from scaleot_ray.federation.driver.report import RunReport
+from scaleot_ray.federation.driver.run_state import RunState, Tenant
 from scaleot_ray.federation.environment import look_here, on_cluster, on_this_machine
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.phases import Phases
 from scaleot_ray.federation.preflight import check_aggregation
-from scaleot_ray.federation.processes import PeakMemory
-from scaleot_ray.federation.report import RunReport
-from scaleot_ray.federation.run_state import RunState, Tenant
+from scaleot_ray.federation.resources.processes import PeakMemory
+from scaleot_ray.federation.rounds.administration import note_artifacts
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress, OnTenantState
 from scaleot_ray.result_folder import is_uri

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.command import Warm
 from tests.cli.documented_keys import JsonPage
-from tests.federation.tiny_deltas import TinyDeltas, ended_run
+from tests.federation.rounds.tiny_deltas import TinyDeltas, ended_run
 
 
 @pytest.fixture(scope="module")

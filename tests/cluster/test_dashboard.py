@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.util.metrics import Counter, Histogram, Metric
 
-from scaleot_ray.federation.metrics import RunMetrics
+from scaleot_ray.federation.roles.metrics import RunMetrics
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "scaleot.json"
 

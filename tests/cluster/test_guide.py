@@ -10,14 +10,14 @@ import yaml
 from pydantic import BaseModel
 
 from scaleot_ray.config import RunSettings, parse
-from scaleot_ray.federation.needs import run_needs
-from scaleot_ray.federation.placement import check_labels
+from scaleot_ray.federation.driver.placement import check_labels
 from scaleot_ray.federation.preflight import check_aggregation
+from scaleot_ray.federation.resources.needs import run_needs
 from tests.cli.command import PROJECT
 from tests.cluster.pins import IMAGE
 from tests.cluster.sizes import SIZES
 from tests.cluster.test_dashboard import exported
-from tests.federation.test_placement import node
+from tests.federation.driver.test_placement import node
 
 PAGE = (PROJECT / "docs" / "administration.md").read_text()
 

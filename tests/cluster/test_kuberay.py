@@ -14,10 +14,10 @@ from packaging.version import Version
 
 from scaleot_ray.config import DataSettings, RunSettings, load_yaml
 from scaleot_ray.errors import ResourcesMissing
-from scaleot_ray.federation.needs import run_needs
-from scaleot_ray.federation.placement import check_labels, check_places
+from scaleot_ray.federation.driver.placement import check_labels, check_places
+from scaleot_ray.federation.driver.works import all_works
 from scaleot_ray.federation.preflight import check_aggregation
-from scaleot_ray.federation.works import all_works
+from scaleot_ray.federation.resources.needs import run_needs
 from tests.cluster import manifests
 from tests.cluster.manifests import FOLDER, GPU, Document, of_kind, pods
 from tests.cluster.pins import IMAGE, RAY

@@ -23,7 +23,7 @@ import pytest
 
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.federation.registry import AGGREGATE, Registry
+from scaleot_ray.federation.rounds.registry import AGGREGATE, Registry
 from tests.cli.command import environment
 
 PROJECT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import pytest
 from scaleot_ray.config import ModelSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
-from scaleot_ray.federation.machine import Machine, this_machine, usable_memory
-from scaleot_ray.federation.needs import activations, run_needs, trained_parameters
 from scaleot_ray.federation.preflight import check_disk, preflight
+from scaleot_ray.federation.resources.machine import Machine, this_machine, usable_memory
+from scaleot_ray.federation.resources.needs import activations, run_needs, trained_parameters
 from tests.tiny_models import TINY, save_tiny, tiny_model
 from tests.tiny_run import write_tiny_run
 

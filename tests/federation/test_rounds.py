@@ -15,7 +15,7 @@ from scaleot_ray.config import RunSettings, parse
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families.loading import load_base_model
 from scaleot_ray.federation.preflight import check_aggregation
-from scaleot_ray.federation.registry import AGGREGATE, Registry
+from scaleot_ray.federation.rounds.registry import AGGREGATE, Registry
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress, TenantState
 from scaleot_ray.stages.plug import plug_in

@@ -20,13 +20,13 @@ from scaleot_ray.cli.tables import show_standard_table
 from scaleot_ray.config import DataSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.evaluation.table import ROWS
-from scaleot_ray.federation.data_check import LOOKED_AT
-from scaleot_ray.federation.phases import Phases
-from scaleot_ray.federation.processes import marked
-from scaleot_ray.federation.report import RunReport
-from scaleot_ray.federation.role import ACTORS
+from scaleot_ray.federation.driver.phases import Phases
+from scaleot_ray.federation.driver.report import RunReport
+from scaleot_ray.federation.resources.data_check import LOOKED_AT
+from scaleot_ray.federation.resources.processes import marked
+from scaleot_ray.federation.resources.session import Session
+from scaleot_ray.federation.roles.role import ACTORS
 from scaleot_ray.federation.run import run_local
-from scaleot_ray.federation.session import Session
 from scaleot_ray.progress import Progress, TenantState
 from tests.tiny_run import WORDS, write_text, write_tiny_run
 

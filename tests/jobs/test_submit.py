@@ -18,7 +18,7 @@ from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.status import run_status
+from scaleot_ray.federation.rounds.status import run_status
 from tests.jobs.cluster import Cluster, running_cluster
 from tests.tiny_run import write_tiny_run
 

@@ -1,0 +1,1 @@
+"""The actors: coordinator, model owner, data owners, evaluators, and how artefacts pass between them."""

@@ -1,0 +1,164 @@
+"""What data owners send: through the gate, into the store, into the registry; only then is it acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
+from scaleot_ray.artifacts.crossing import cross
+from scaleot_ray.artifacts.manifest import Kind, Manifest, MetricsContent
+from scaleot_ray.config import RoundSettings
+from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.federation.rounds.aggregates import start_of
+from scaleot_ray.federation.rounds.artifact_store import ArtifactStore
+from scaleot_ray.federation.rounds.registry import NewSubmission, Registry, Submission
+from scaleot_ray.plugin.aggregation import contributions
+
+REFUSALS_READ = 100
+"""Refused submissions of one sender, after which nothing more of it is looked at: checking costs time."""
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a data owner sends at the end of its tuning.
+
+    Attributes:
+        tenant: who it says it is.
+        token: what it was given when it was admitted.
+        round: it was tuned in.
+        delta, metrics: give the artefacts, or raise what is wrong with their form.
+        data_digest: HMAC of its data under its own key.
+    """
+
+    tenant: str
+    token: str
+    round: int
+    delta: Callable[[], Artifact]
+    metrics: Callable[[], Artifact]
+    data_digest: str | None = None
+
+
+class Intake:
+    """The way in.
+
+    Args:
+        emulator: manifest of the emulator that deltas are of.
+        registry: counts what was let in.
+        store: keeps it.
+        audit: log of what crosses.
+        rounds: section of the run's settings.
+        weights: of the data owners in the aggregate, by name; 1 for those that are not in it.
+    """
+
+    def __init__(
+        self,
+        emulator: Manifest,
+        registry: Registry,
+        store: ArtifactStore,
+        audit: AuditLog,
+        rounds: RoundSettings,
+        weights: Mapping[str, float],
+    ) -> None:
+        self._emulator, self._registry, self._store, self._audit = emulator, registry, store, audit
+        self._rounds, self._weights = rounds, dict(weights)
+        self._refused: dict[str, int] = {}
+
+    def take(self, sent: Sent) -> Submission:
+        """Takes what a data owner sends through the gate into the registry; sent twice, it counts once.
+
+        Returns:
+            The submission; its delta is in the store now, and itself on the disk.
+
+        Raises:
+            ArtifactRefused: the data owner is not admitted or its token is wrong, one of the artefacts is not
+                what it says or not what may cross, or no round takes it; audit log and registry say so too.
+            ResourcesMissing: the store does not answer, or has no room; nothing counts then.
+        """
+        if self._refused.get(sent.tenant, 0) >= REFUSALS_READ:
+            raise ArtifactRefused(
+                f"{REFUSALS_READ} submissions of {sent.tenant!r} were refused; no more of them are looked at.",
+                "Begin the run again once its data owner sends what `tune` wrote.",
+            )
+        began = start_of(self._registry, sent.round)
+        with self._counting_refusals(sent.tenant):
+            self._recording(sent.tenant, lambda: self._registry.tenants.check_sender(sent.tenant, sent.token))
+            delta = self._read(sent.tenant, "delta", sent.delta)
+            find = self._registry.submissions.find
+            before = self._recording(
+                sent.tenant, lambda: find(sent.tenant, delta.digest, sent.round, self._rounds.staleness), delta
+            )
+            if before is not None:
+                return before
+            cross(delta, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self._emulator, start=began)
+            metrics = self._read(sent.tenant, "metrics", sent.metrics)
+            cross(metrics, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self._emulator)
+        assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
+        new = NewSubmission(
+            tenant=sent.tenant,
+            tuned_round=sent.round,
+            digest=delta.digest,
+            folder=self._store.place(delta.digest),
+            bytes=delta.nbytes,
+            norm=self._keep(sent.tenant, delta, began),
+            weight=self._weights.get(sent.tenant, 1.0),
+            metrics=dict(metrics.manifest.content.values),
+            data_digest=sent.data_digest,
+        )
+        return self._registry.submissions.add(new, self._rounds.staleness)
+
+    def _keep(self, tenant: str, delta: Artifact, began: str | None) -> float:
+        """Puts a delta into the store, unless its change is too long; gives its norm."""
+        # Outside of what is counted: that the store is damaged is no fault of the sender.
+        start, longest = self._store.fetch(began) if began is not None else None, self._rounds.max_norm
+        with self._store.adding(delta) as place:
+            norm = contributions([(tenant, place, 1.0)], start)[0].norm()
+            if longest is not None and norm > longest:
+                with self._counting_refusals(tenant):
+                    raise ArtifactRefused(
+                        f"the delta's norm is {norm:.4g}, above rounds.max_norm={longest:g}.",
+                        "Lower tune.learning_rate or tune.steps, or raise rounds.max_norm.",
+                    )
+        return norm
+
+    def _read(self, tenant: str, kind: Kind, read: Callable[[], Artifact]) -> Artifact:
+        """What a data owner sent, if it is of that kind."""
+
+        def of_kind() -> Artifact:
+            artifact = read()
+            if artifact.manifest.kind != kind:
+                raise ArtifactRefused(
+                    f"{data_owner(tenant)} sent an artefact of kind {artifact.manifest.kind!r} as its {kind}.",
+                    "Send what `tune` wrote.",
+                )
+            return artifact
+
+        return self._recording(tenant, of_kind, kind=kind)
+
+    def _recording(
+        self, tenant: str, check: Callable[[], _Found], delta: Artifact | None = None, kind: Kind = "delta"
+    ) -> _Found:
+        """What a check gives; where it refuses, the audit log has a line, as it has of what the gate refuses."""
+        try:
+            return check()
+        except ArtifactRefused as error:
+            size, digest = (delta.nbytes, delta.digest) if delta is not None else (0, "")
+            self._audit.record(
+                data_owner(tenant), MODEL_OWNER, kind, size, digest, decision="refused", reason=error.problem
+            )
+            raise
+
+    @contextmanager
+    def _counting_refusals(self, tenant: str) -> Iterator[None]:
+        """Has the registry know of what is refused in here."""
+        try:
+            yield
+        except ArtifactRefused as error:
+            self._refused[tenant] = self._refused.get(tenant, 0) + 1
+            self._registry.tenants.refuse(tenant, error.problem)
+            raise

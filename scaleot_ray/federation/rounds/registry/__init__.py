@@ -1,0 +1,27 @@
+"""The registry of a run: one SQLite file that a coordinator can come back from."""
+
+from scaleot_ray.federation.rounds.registry.plug_ins import NewPlugIn
+from scaleot_ray.federation.rounds.registry.records import (
+    AGGREGATE,
+    NewSubmission,
+    Part,
+    PlugIn,
+    Round,
+    Submission,
+    Tenant,
+    TenantState,
+)
+from scaleot_ray.federation.rounds.registry.registry import Registry
+
+__all__ = [
+    "AGGREGATE",
+    "NewPlugIn",
+    "NewSubmission",
+    "Part",
+    "PlugIn",
+    "Registry",
+    "Round",
+    "Submission",
+    "Tenant",
+    "TenantState",
+]

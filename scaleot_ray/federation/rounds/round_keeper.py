@@ -1,0 +1,231 @@
+"""Rounds on one emulator: who takes part, what is let in, what becomes of it. All of it is on disk.
+
+What the coordinator's actor does, as plain calls: nothing here knows of Ray, and nothing is kept in memory
+that the registry and the artefact store do not have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
+from scaleot_ray.artifacts.crossing import cross
+from scaleot_ray.artifacts.delta_gate import ANY_START
+from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
+from scaleot_ray.federation.rounds.artifact_location import Location, open_store
+from scaleot_ray.federation.rounds.intake import Intake, Sent
+from scaleot_ray.federation.rounds.registry import (
+    AGGREGATE,
+    NewPlugIn,
+    PlugIn,
+    Registry,
+    Round,
+    Submission,
+    TenantState,
+)
+
+
+class RoundKeeper:
+    """Keeper of the rounds on one emulator; a context manager that closes the registry.
+
+    Args:
+        emulator: manifest of the emulator.
+        place: where the emulator lies.
+        folder: for deltas and aggregates, on any disk; where ``artifacts`` is another place, for those in use.
+        registry: folder of the registry, on a disk of this machine.
+        audit: log of what crosses.
+        rounds, aggregation: sections of the run's settings.
+        weights: of the data owners in the aggregate, by name; 1 for those that are not in it.
+        artifacts: where deltas and aggregates are kept; default: where they have been so far, at first ``folder``.
+
+    Raises:
+        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.rounds.registry.Registry` and
+            :func:`~scaleot_ray.federation.rounds.artifact_location.open_store`.
+    """
+
+    def __init__(
+        self,
+        emulator: Manifest,
+        place: Path,
+        folder: Path,
+        registry: Path,
+        audit: AuditLog,
+        rounds: RoundSettings,
+        aggregation: AggregationSettings | None,
+        weights: Mapping[str, float],
+        artifacts: Location | None = None,
+    ) -> None:
+        self.emulator, self.rounds, self.aggregation = emulator, rounds, aggregation
+        self._audit, own = audit, emulator.digest()[:16]
+        self.registry = Registry(registry / own / "registry.sqlite")
+        try:
+            self.registry.add_emulator(emulator, place)
+            self._store = open_store(artifacts, self.registry, own, folder / own)
+        except BaseException:
+            self.registry.close()
+            raise
+        self._aggregates = Aggregates(emulator, self.registry, self._store)
+        self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights)
+
+    def __enter__(self) -> RoundKeeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.registry.close()
+
+    def admit(self, name: str, settings: dict[str, Any]) -> str | None:
+        """Admits a data owner; gives the token its submissions must carry, None where it was cancelled or revoked."""
+        known = self.registry.tenants.find(name)
+        if known is not None and known.state in ("cancelled", "revoked"):
+            return None
+        return self.registry.tenants.admit(name, settings)
+
+    def begin(self, names: Sequence[str]) -> Round | None:
+        """The round to work on: one that an earlier run left open or that failed, or the next; None after the last.
+
+        Without an aggregate rounds do not build on one another: every run begins one of its own.
+
+        Args:
+            names: data owners of the run; who is not admitted (any more) does not take part.
+
+        Raises:
+            ConfigError: nobody is left to take part, or fewer than the quorum.
+        """
+        rounds = self.registry.rounds
+        current, past = rounds.current(), rounds.all()
+        deadline = time.time() + self.rounds.deadline if self.rounds.deadline is not None else None
+        taking = [name for name in names if self.registry.tenants.get(name).state == "admitted"]
+        quorum = self.rounds.quorum if self.rounds.quorum is not None else max(len(taking), 1)
+        if self.aggregation is None:
+            if current is not None:
+                rounds.fail(current.number, "the run that began it ended before it did")
+        elif current is not None and current.state == "closed":
+            self.end(current.number)
+            return self.begin(names)
+        elif past and past[-1].state in ("open", "failed"):
+            return rounds.reopen(past[-1].number, taking, quorum, deadline)
+        elif len(self._aggregates.rounds()) >= self.rounds.count:
+            return None
+        start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
+        digest = start.digest if start is not None else None
+        return rounds.open(self.emulator.digest(), taking, quorum, digest, deadline)
+
+    def is_last(self, number: int) -> bool:
+        """Whether no round follows this one in the run; without an aggregate, none ever does."""
+        return self.aggregation is None or len(self._aggregates.rounds() | {number}) >= self.rounds.count
+
+    def taking_part(self, number: int) -> dict[str, bool]:
+        """Who takes part in a round, and whether it has submitted; of those that are not admitted, who has."""
+        admitted = {one.name for one in self.registry.tenants.all() if one.state == "admitted"}
+        return {
+            part.tenant: part.state == "submitted"
+            for part in self.registry.rounds.parts(number)
+            if part.state == "submitted" or part.tenant in admitted
+        }
+
+    def start(self, number: int, recipient: str) -> Artifact | None:
+        """The aggregate that a round begins with, on its way to a data owner; None for the emulator as it is."""
+        digest = self.registry.rounds.get(number).start
+        return self._on_its_way(digest, data_owner(recipient)) if digest is not None else None
+
+    def begin_part(self, number: int, tenant: str) -> int:
+        """Records that a data owner's tuning starts; gives how often it has in this round."""
+        return self.registry.rounds.begin_part(number, tenant)
+
+    def leave_out(self, number: int, tenant: str, reason: str) -> None:
+        """Records that nothing is to be expected of a data owner in a round any more, and why."""
+        self.registry.rounds.end_part(number, tenant, "failed", reason)
+
+    def take(self, sent: Sent) -> Submission:
+        """Takes what a data owner sends; see :meth:`Intake.take`."""
+        return self._intake.take(sent)
+
+    def end(self, number: int) -> Round:
+        """Closes a round and makes its plug-ins, unless it stays below its quorum; again, it changes nothing.
+
+        Raises:
+            ConfigError, ArtifactRefused: as :func:`~scaleot_ray.plugin.aggregation.aggregate`.
+        """
+        current = self.registry.rounds.close(number)
+        if current.state == "closed":
+            revoked = {one.name for one in self.registry.tenants.all() if one.state == "revoked"}
+            counted = [one for one in self.registry.submissions.of_round(number) if one.tenant not in revoked]
+            if len(counted) < current.quorum:  # someone was revoked who had submitted
+                self.registry.rounds.fail(number, f"{len(counted)} of the {current.quorum} submissions of its quorum")
+                return self.registry.rounds.get(number)
+            results = [NewPlugIn(one.tenant, one.digest, one.folder, {}, [one]) for one in counted]
+            if self.aggregation is not None:
+                results.append(self._aggregates.make(number, counted, self.aggregation))
+            self.registry.plug_ins.finish_round(number, results)
+            self._store.release({one.digest for one in results})
+        return self.registry.rounds.get(number)
+
+    def set_state(self, tenant: str, state: TenantState, reason: str) -> None:
+        """Pauses or cancels a data owner, or lets one that was paused take part again.
+
+        Raises:
+            ConfigError: there is no such data owner, or it was cancelled or revoked before.
+        """
+        self.registry.tenants.set_state(tenant, state, reason)
+
+    def revoke(self, tenant: str, reason: str) -> list[int]:
+        """Withdraws all that came from a data owner: its plug-ins, and its part in every aggregate.
+
+        Aggregates that it was in are made anew without it, and those of later rounds on top of them: of the
+        others' deltas counts how far each came from where it began. That they began with something it was part
+        of is not undone. Its deltas are removed, and the old aggregates once nothing in force began with them.
+
+        Returns:
+            Rounds whose aggregate changed; once more, none.
+
+        Raises:
+            ConfigError: there is no such data owner.
+            ArtifactRefused: a delta on disk is damaged.
+        """
+        self.registry.tenants.set_state(tenant, "revoked", reason)
+        withdrawn = f"{tenant} was revoked" + (f": {reason}" if reason else "")
+        for found in self.registry.rounds.all():
+            if found.state != "finished" and self.registry.rounds.find_part(found.number, tenant) is not None:
+                self.registry.rounds.withdraw(found.number, tenant, withdrawn)
+        changed = self._aggregates.withdraw(tenant, withdrawn)
+        # Last, so that a revocation that was cut short finds what is left to do.
+        for one in self.registry.plug_ins.of(tenant):
+            if one.state == "active":
+                self.registry.plug_ins.revoke(tenant, one.round, withdrawn)
+        used = in_use(self.registry, self.rounds.staleness)
+        for digest in self._store.digests():
+            if digest not in used:
+                self._store.remove(digest)
+        return changed
+
+    def submitted(self, tenant: str, number: int | None = None) -> Submission | None:
+        """What a data owner submitted in a round, or last; None of one that was revoked."""
+        known = self.registry.tenants.find(tenant)
+        if known is not None and known.state == "revoked":
+            return None
+        found = self.registry.submissions.of_tenant(tenant)
+        return next((one for one in reversed(found) if number in (None, one.round)), None)
+
+    def in_common(self) -> PlugIn | None:
+        """The aggregate of the latest round that has one."""
+        return self.registry.plug_ins.in_force(AGGREGATE)
+
+    def delta(self, digest: str, recipient: str) -> Artifact:
+        """A delta that was submitted, or an aggregate, on its way to someone; recorded as a crossing."""
+        return self._on_its_way(digest, recipient)
+
+    def _on_its_way(self, digest: str, recipient: str) -> Artifact:
+        # The gate verifies.
+        artifact = read_artifact(self._store.fetch(digest), expected_kind="delta", verify=False)
+        cross(artifact, MODEL_OWNER, recipient, self._audit, parent=self.emulator, start=ANY_START)
+        return artifact

@@ -1,0 +1,67 @@
+"""How far a run is, read from its registry: while it is under way, and after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scaleot_ray.artifacts.storage import read_manifest
+from scaleot_ray.errors import ConfigError
+from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.rounds.administration import registry_of
+from scaleot_ray.federation.rounds.registry import AGGREGATE, PlugIn, Registry
+
+SCHEMA = "scaleot.status/1"
+
+
+def run_status(folder: RunFolder) -> dict[str, Any]:
+    """The status of a run as plain values; see docs/json.md.
+
+    Raises:
+        ConfigError: no run has been here, or none that came to its first round.
+        ArtifactRefused: the emulator in the folder is damaged.
+    """
+    place = registry_of(folder)
+    if not folder.emulator.exists():
+        raise ConfigError(f"{folder.path}: there is no emulator yet.", "Wait until the model owner has built it.")
+    digest = read_manifest(folder.emulator).digest()
+    with Registry(place / digest[:16] / "registry.sqlite", write=False) as registry:
+        return {
+            "schema": SCHEMA,
+            "directory": str(folder.path),
+            "under_way": folder.is_held(),
+            "emulator": digest,
+            "rounds": [
+                {
+                    "number": one.number,
+                    "state": one.state,
+                    "reason": one.reason,
+                    "quorum": one.quorum,
+                    "opened": one.opened,
+                    "deadline": one.deadline,
+                    "ended": one.ended,
+                    "tenants": [
+                        {"name": part.tenant, "state": part.state, "reason": part.reason, "attempts": part.attempts}
+                        for part in registry.rounds.parts(one.number)
+                    ],
+                }
+                for one in registry.rounds.all()
+            ],
+            "tenants": [
+                {
+                    "name": one.name,
+                    "state": one.state,
+                    "reason": one.reason,
+                    "submissions": len(registry.submissions.of_tenant(one.name)),
+                    "refusals": [{"reason": why, "count": count} for why, count in registry.tenants.refusals(one.name)],
+                    "plug_in": _plug_in(registry.plug_ins.in_force(one.name)),
+                }
+                for one in registry.tenants.all()
+            ],
+            "aggregate": _plug_in(registry.plug_ins.in_force(AGGREGATE)),
+        }
+
+
+def _plug_in(found: PlugIn | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {"round": found.round, "version": found.version, "digest": found.digest, "directory": found.folder}

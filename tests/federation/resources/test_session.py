@@ -1,0 +1,91 @@
+"""A run's own Ray: private, gone afterwards; another one only when it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from scaleot_ray.federation.resources.processes import marked
+from scaleot_ray.federation.resources.session import MARK, Session
+
+PROGRAM = """
+import json, os, sys, tempfile, time
+from pathlib import Path
+import psutil, ray
+from scaleot_ray.federation.resources.processes import marked
+from scaleot_ray.federation.resources.session import MARK, local_ray, ray_is_given
+
+before = dict(os.environ)
+given = ray_is_given()
+with local_ray(cpus=1, gpus=0, object_store_bytes=100 << 20) as session:
+    inside = len(psutil.Process().children(recursive=True))
+    folder = session.logs.parents[1]
+    result = {"given": given, "private": session.private, "node": session.node, "cpus": session.cpus,
+              "store": session.object_store_bytes, "folder": str(folder), "processes": inside}
+result["left"] = len(psutil.Process().children(recursive=True))
+result["folder_left"] = folder.exists()
+result["environment"] = {name for name in os.environ.keys() | before.keys()
+                         if os.environ.get(name) != before.get(name) and not name.startswith("RAY_")} != set()
+print(json.dumps(result))
+"""
+
+
+def in_a_process(**environment: str) -> dict[str, Any]:
+    """Connects in a process of its own; says what it found."""
+    clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        cwd=Path(__file__).parents[3],
+        env={**clean, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_ray_that_happens_to_run_is_left_alone(connected_ray: Session, tmp_path: Path) -> None:
+    # A temporary folder whose path would be too long for Ray's sockets.
+    deep = tmp_path / ("x" * 60)
+    deep.mkdir()
+    found = in_a_process(TMPDIR=str(deep))
+    assert (found["given"], found["private"], found["cpus"]) == (False, True, 1)
+    assert found["node"] != connected_ray.node
+    assert 90 << 20 < found["store"] <= 100 << 20
+    assert found["processes"] > 3
+    assert (found["left"], found["folder_left"], found["environment"]) == (0, False, False)
+    assert not found["folder"].startswith(str(deep))
+
+
+def test_a_given_ray_is_used_and_left_running(connected_ray: Session) -> None:
+    found = in_a_process(RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    assert (found["given"], found["private"], found["node"]) == (True, False, connected_ray.node)
+    assert ray.cluster_resources()["CPU"] == 2
+
+
+def test_processes_of_a_private_ray_carry_its_mark(connected_ray: Session) -> None:
+    assert connected_ray.private
+    assert MARK not in os.environ
+    marks = {process.environ().get(MARK) for process in _children()}
+    (mark,) = marks - {None}
+    assert mark is not None
+    assert len(marked(MARK, mark)) >= 4
+
+
+def _children() -> list[Any]:
+    import psutil
+
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        if "raylet" in process.name() or "gcs" in process.name():
+            found.append(process)
+    return found

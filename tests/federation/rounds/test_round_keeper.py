@@ -1,0 +1,351 @@
+"""Rounds without Ray: what is let in, what counts, what becomes of it, and that all of it survives a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.errors import ArtifactRefused, ConfigError, RunFailed
+from scaleot_ray.federation.rounds.intake import REFUSALS_READ
+from scaleot_ray.federation.rounds.registry import AGGREGATE
+from tests.federation.rounds.keeper_bench import NAMES, Bench
+from tests.federation.rounds.tiny_deltas import TinyDeltas
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDeltas:
+    """The emulator of all tests."""
+    return TinyDeltas.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def bench(tiny: TinyDeltas, tmp_path: Path) -> Bench:
+    return Bench(tiny, tmp_path)
+
+
+def test_each_data_owner_has_its_own_plug_in(bench: Bench) -> None:
+    number = bench.begin()
+    for value, name in enumerate(NAMES, start=1):
+        bench.send(name, number, float(value))
+    assert bench.keeper.end(number).state == "finished"
+    assert [bench.value(name) for name in NAMES] == [1.0, 2.0, 3.0]
+    assert bench.keeper.registry.plug_ins.in_force(AGGREGATE) is None
+
+
+def test_a_round_begins_with_the_aggregate_of_the_one_before(bench: Bench) -> None:
+    bench.new(
+        rounds=RoundSettings(count=2), aggregation=AggregationSettings(), weights={"ann": 3.0, "ben": 1.0, "cas": 0.0}
+    )
+    number = bench.begin()
+    assert bench.keeper.start(number, "ann") is None
+    for name, value in zip(NAMES, (1.0, 5.0, 100.0), strict=True):
+        bench.send(name, number, value)
+    bench.keeper.end(number)
+    assert bench.value(AGGREGATE) == 2.0
+    second = bench.begin()
+    start = bench.keeper.start(second, "ann")
+    assert start is not None
+    assert {float(tensor.mean()) for tensor in start.tensors.values()} == {2.0}
+    with pytest.raises(ArtifactRefused, match="tuning began with the emulator as it is, this round begins with delta"):
+        bench.send("ann", second, 4.0, start=None)
+    for name, value in zip(NAMES, (4.0, 2.0, 0.0), strict=True):
+        bench.send(name, second, value)
+    bench.keeper.end(second)
+    assert bench.value(AGGREGATE) == 3.5  # 2 + (3 · 2 + 1 · 0) / 4
+    assert bench.value("ben") == 2.0
+    assert bench.keeper.begin(NAMES) is None  # both rounds are done
+    bench.new(rounds=RoundSettings(count=3))
+    assert bench.begin() == 3
+
+
+def test_a_late_delta_counts_by_how_far_it_has_come(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=2, quorum=2, staleness=1), aggregation=AggregationSettings())
+    first = bench.begin()
+    bench.send("ann", first, 1.0)
+    bench.send("ben", first, 3.0)
+    assert bench.keeper.end(first).state == "finished"
+    second = bench.begin()
+    found = bench.send("cas", first, 6.0)  # begun with the emulator as it is: 6 further
+    assert (found.round, found.tuned_round) == (second, first)
+    bench.send("ann", second, 2.0)
+    bench.send("ben", second, 2.0)
+    bench.keeper.end(second)
+    assert bench.value(AGGREGATE) == 4.0  # 2 + (0 + 0 + 6) / 3
+
+
+def test_momentum_goes_on_from_round_to_round(bench: Bench) -> None:
+    how = AggregationSettings(server="momentum", server_momentum=0.5)
+    bench.new(rounds=RoundSettings(count=2), aggregation=how)
+    for value in (1.0, 2.0):
+        number = bench.begin(["ann"])
+        bench.send("ann", number, value)
+        bench.keeper.end(number)
+        bench.new()
+    assert bench.value(AGGREGATE) == 2.5  # 1, then 1 more and half of the first once more
+
+
+def test_nothing_is_lost_with_the_keeper(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=2), aggregation=AggregationSettings())
+    number = bench.begin()
+    first = bench.send("ann", number, 1.0)
+    old = bench.keeper
+    bench.new()
+    assert bench.send("ann", number, 1.0) == first  # not counted twice
+    with pytest.raises(RunFailed, match="another coordinator has taken this run over"):
+        old.leave_out(number, "ben", "too slow")
+    assert bench.begin() == number
+    assert bench.keeper.taking_part(number) == {"ann": True, "ben": False, "cas": False}
+    for name in ("ben", "cas"):
+        bench.send(name, number, 4.0)
+    bench.keeper.registry.rounds.close(number)
+    bench.new()  # in the middle of aggregation
+    assert bench.begin() == 2
+    assert bench.value(AGGREGATE) == 3.0
+
+
+def test_a_round_below_its_quorum_fails_and_goes_on_in_the_next_run(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(quorum=2), aggregation=AggregationSettings())
+    number = bench.begin()
+    bench.send("ann", number, 1.0)
+    bench.keeper.leave_out(number, "ben", "its process was killed")
+    ended = bench.keeper.end(number)
+    assert (ended.state, bench.keeper.registry.plug_ins.all()) == ("failed", [])
+    assert ended.reason is not None
+    assert "ben: its process was killed; cas: submitted nothing in time" in ended.reason
+    assert bench.begin() == number
+    bench.send("ben", number, 3.0)
+    assert bench.keeper.end(number).state == "finished"
+    assert bench.value(AGGREGATE) == 2.0
+
+
+def test_without_an_aggregate_every_run_has_a_round_of_its_own(bench: Bench) -> None:
+    first = bench.begin()
+    bench.send("ann", first, 1.0)
+    second = bench.begin()  # the run that began the first was killed
+    assert (first, second) == (1, 2)
+    again = bench.send("ann", second, 1.0)
+    assert (again.round, again.tuned_round) == (2, 2)
+    assert bench.keeper.registry.rounds.get(1).reason == "the run that began it ended before it did"
+
+
+def test_cancelled_data_owners_take_no_part(bench: Bench) -> None:
+    bench.begin()
+    bench.keeper.registry.tenants.set_state("ben", "cancelled", "took too long")
+    bench.keeper.registry.tenants.set_state("cas", "paused")
+    assert bench.keeper.admit("ben", {}) is None
+    found = bench.keeper.begin(NAMES)
+    assert found is not None
+    assert (list(bench.keeper.taking_part(found.number)), found.quorum) == (["ann"], 1)
+    bench.keeper.registry.tenants.set_state("ann", "revoked")
+    with pytest.raises(ConfigError, match="1 submissions are asked for, of 0 data owners"):
+        bench.keeper.begin(NAMES)
+
+
+def test_a_revoked_data_owner_is_taken_out_of_everything(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=3), aggregation=AggregationSettings())
+    values = {"ann": (1.0, 4.0), "ben": (2.0, 2.0), "cas": (9.0, 9.0)}
+    for turn in (0, 1):
+        number = bench.begin()
+        for name in NAMES:
+            bench.send(name, number, values[name][turn])
+        bench.keeper.end(number)
+    assert bench.value(AGGREGATE) == 5.0
+    third = bench.begin()
+    bench.send("cas", third, 7.0)
+    bench.send("ann", third, 6.0)
+    bench.send("ben", third, 5.0)
+    before = {path.name for path in bench.folder.glob("c/*/deltas/*")}
+    assert bench.keeper.revoke("cas", "asked to") == [1, 2]
+    # Round 1: (1 + 2) / 2 = 1.5. Round 2 began with 4: (0 - 2) / 2 = -1 from there, so 0.5.
+    assert bench.value(AGGREGATE) == 0.5
+    registry = bench.keeper.registry
+    versions = [(one.round, one.state) for one in registry.plug_ins.of(AGGREGATE)]
+    assert versions == [(1, "revoked"), (2, "revoked"), (1, "active"), (2, "active")]
+    assert registry.plug_ins.in_force("cas") is None
+    assert registry.plug_ins.of("cas")[0].reason == "cas was revoked: asked to"
+    gone = before - {path.name for path in bench.folder.glob("c/*/deltas/*")}
+    assert gone == {one.digest for one in registry.submissions.of_tenant("cas")}
+    with pytest.raises(ArtifactRefused, match="cas was revoked"):
+        bench.send("cas", third, 7.0)
+    assert bench.keeper.end(third).state == "failed"  # its quorum was all three
+    bench.new(rounds=RoundSettings(count=3, quorum=2))
+    assert bench.keeper.revoke("cas", "once more") == []
+    assert bench.value("ann") == 4.0
+
+
+def test_a_failed_round_goes_on_with_those_who_take_part_now(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(quorum=3), aggregation=AggregationSettings())
+    number = bench.begin()
+    bench.send("ann", number, 1.0)
+    bench.send("ben", number, 3.0)
+    assert bench.keeper.end(number).state == "failed"
+    bench.keeper.set_state("cas", "cancelled", "took too long")
+    bench.new(rounds=RoundSettings(quorum=2))
+    assert bench.keeper.begin(NAMES) is not None
+    assert bench.keeper.taking_part(number) == {"ann": True, "ben": True}
+    bench.keeper.revoke("ben", "left")
+    assert bench.keeper.taking_part(number) == {"ann": True}
+    assert (bench.keeper.submitted("ann") is not None, bench.keeper.submitted("ben")) == (True, None)
+    assert bench.keeper.end(number).state == "failed"
+    bench.new(rounds=RoundSettings())
+    assert bench.keeper.begin(["ann"]) is not None
+    assert bench.keeper.end(number).state == "finished"
+
+
+def test_what_a_failed_round_began_with_outlives_a_revocation(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=2, quorum=2), aggregation=AggregationSettings())
+    first = bench.begin()
+    for name, value in zip(NAMES, (1.0, 3.0, 8.0), strict=True):
+        bench.send(name, first, value)
+    bench.keeper.end(first)
+    second = bench.begin()
+    assert bench.keeper.end(second).state == "failed"
+    bench.keeper.revoke("cas", "left")
+    assert bench.value(AGGREGATE) == 2.0
+    assert bench.begin(["ann", "ben"]) == second
+    start = bench.keeper.start(second, "ann")
+    assert start is not None  # 4, as it was: ann may have begun with it already
+    bench.send("ann", second, 5.0)
+    bench.send("ben", second, 4.0)
+    bench.keeper.end(second)
+    assert bench.value(AGGREGATE) == 2.5
+
+
+def test_too_few_for_a_trimmed_mean_withdraw_the_aggregate(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings(method="trimmed_mean", trim=0.34))
+    number = bench.begin()
+    for name in NAMES:
+        bench.send(name, number, 1.0)
+    bench.keeper.end(number)
+    assert bench.keeper.revoke("cas", "left") == [number]
+    assert bench.keeper.in_common() is None
+    assert bench.value("ann") == 1.0
+
+
+def test_rounds_without_an_aggregate_are_no_rounds_of_one(bench: Bench) -> None:
+    number = bench.begin(["ann"])
+    bench.send("ann", number, 1.0)
+    bench.keeper.end(number)
+    assert bench.keeper.is_last(number)
+    bench.new(rounds=RoundSettings(count=2), aggregation=AggregationSettings())
+    for turn, last in enumerate((False, True), start=2):
+        number = bench.begin(["ann"])
+        assert (number, bench.keeper.is_last(number)) == (turn, last)
+        bench.send("ann", number, 1.0)
+        bench.keeper.end(number)
+    assert bench.value(AGGREGATE) == 1.0
+    assert bench.keeper.begin(["ann"]) is None
+
+
+def test_a_delta_that_counted_before_max_norm_stays(bench: Bench) -> None:
+    bench.send("ann", bench.begin(["ann"]), 1.0)
+    bench.keeper.end(1)
+    bench.new(rounds=RoundSettings(max_norm=0.5))
+    with pytest.raises(ArtifactRefused, match="above rounds"):
+        bench.send("ann", bench.begin(["ann"]), 1.0)
+    assert bench.value("ann") == 1.0
+
+
+def test_without_anyone_left_an_aggregate_is_withdrawn(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings())
+    number = bench.begin(["ann"])
+    bench.send("ann", number, 1.0)
+    bench.keeper.end(number)
+    bench.keeper.revoke("ann", "")
+    assert bench.keeper.registry.plug_ins.in_force(AGGREGATE) is None
+    assert not list(bench.folder.glob("c/*/deltas/*"))
+
+
+def _nan(tiny: TinyDeltas) -> Artifact:
+    delta = tiny.delta(1.0)
+    next(iter(delta.tensors.values())).fill_(float("nan"))  # behind the manifest's back: none is made of NaN
+    return delta
+
+
+def _extra(tiny: TinyDeltas) -> Artifact:
+    delta = tiny.delta(1.0)
+    tensors = {**delta.tensors, "more": torch.ones(3)}
+    return Artifact.made_from(tiny.emulator.manifest, "delta", delta.manifest.content, tensors)
+
+
+def _misshapen(tiny: TinyDeltas) -> Artifact:
+    delta = tiny.delta(1.0)
+    name, tensor = next(iter(delta.tensors.items()))
+    tensors = {**delta.tensors, name: torch.cat([tensor, tensor])}
+    return Artifact.made_from(tiny.emulator.manifest, "delta", delta.manifest.content, tensors)
+
+
+def _orphan(tiny: TinyDeltas) -> Artifact:
+    delta = tiny.delta(1.0)
+    return Artifact.create("delta", delta.manifest.content, delta.tensors, family="llama", parent_digest="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [(_nan, "not finite"), (_extra, "'more'"), (_misshapen, "has shape"), (_orphan, "was tuned on emulator")],
+)
+def test_a_bad_submission_is_refused_by_name(bench: Bench, make: Any, match: str) -> None:
+    number = bench.begin()
+    with pytest.raises(ArtifactRefused, match=match) as caught:
+        bench.send("ann", number, make(bench.tiny))
+    assert caught.value.problem in [reason for reason, _ in bench.keeper.registry.tenants.refusals("ann")]
+    assert [line["decision"] for line in bench.audit.read()] == ["refused"]
+    bench.send("ben", number, 1.0)  # nobody else is affected
+    assert bench.keeper.taking_part(number) == {"ann": False, "ben": True, "cas": False}
+
+
+def test_too_long_a_delta_is_refused_and_not_kept(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(max_norm=1.0))
+    number = bench.begin()
+    with pytest.raises(ArtifactRefused, match=r"norm is \d+\.?\d*, above rounds.max_norm=1"):
+        bench.send("ann", number, 1.0)
+    assert not list(bench.folder.glob("c/*/deltas/*"))
+    bench.send("ann", number, 1e-4)
+
+
+def test_who_it_is_from_is_checked_before_anything_is_read(bench: Bench) -> None:
+    number = bench.begin()
+
+    def never() -> Artifact:
+        raise AssertionError("was read")
+
+    for changes, match in (
+        ({"token": "0" * 32}, "does not carry the token of ann"),
+        ({"tenant": "zoe"}, "'zoe' is no data owner"),
+    ):
+        with pytest.raises(ArtifactRefused, match=match):
+            bench.send("ann", number, never, **changes)
+    bench.send("ann", number, 1.0)
+    bench.send("ben", number, 1.0)  # the same rows give the same delta
+    bench.send("cas", number, 3.0)
+    bench.keeper.end(number)
+    with pytest.raises(ArtifactRefused, match="round 1 is closed"):
+        bench.send("ann", number, 9.0)
+
+
+def test_a_delta_of_an_earlier_round_is_no_delta_of_this_one(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=2), aggregation=AggregationSettings())
+    first = bench.begin()
+    for name in NAMES:
+        bench.send(name, first, 1.0)
+    bench.keeper.end(first)
+    second = bench.begin()
+    with pytest.raises(ArtifactRefused, match="was submitted before in round 1"):
+        bench.send("ann", second, 1.0, start=None)
+    assert bench.send("ann", first, 1.0, start=None).round == first  # its acknowledgement was lost: it has counted
+
+
+def test_ten_thousand_bad_ones_in_a_row_cost_nobody_anything(bench: Bench) -> None:
+    number = bench.begin()
+    metrics = bench.tiny.metrics()
+    for _ in range(10_000):
+        with pytest.raises(ArtifactRefused):
+            bench.send("ann", number, metrics)
+    assert len(bench.audit.read()) == REFUSALS_READ
+    assert sum(count for _, count in bench.keeper.registry.tenants.refusals("ann")) == REFUSALS_READ
+    bench.send("ben", number, 1.0)
