@@ -6,17 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.command import exit_code_of, portable_command
-from benchmarks.environment import environment, now
+from benchmarks.command import exit_code_of
+from benchmarks.environment import environment
+from benchmarks.run_report import committed
 from scaleot_ray.cli.demo import demo_settings, forget
-from scaleot_ray.cli.output import console, finite
+from scaleot_ray.cli.output import console
 from scaleot_ray.cli.run import show_report
 from scaleot_ray.cli.run_table import RunTable
 from scaleot_ray.stages.record import write_record
 
-SCHEMA = 1
 PATHS = ("--model", "--output", "--json")
 
 
@@ -45,38 +44,9 @@ def _run(given: list[str]) -> int:
     before = len(audit.read())
     with RunTable([tenant.name for tenant in settings.tenants], settings.rounds.count) as table:
         report = run_local(settings, on_progress=table, on_state=table.change).as_json()
-    write_record(options.json, committed(report, given, made))
+    write_record(options.json, committed("demo", report, given, made, PATHS))
     show_report(console(sys.stdout), report, audit.read()[before:])
     return 0
-
-
-def committed(report: dict[str, Any], given: Sequence[str], made: dict[str, Any]) -> dict[str, Any]:
-    """What is committed of a run.
-
-    Args:
-        report: schema ``scaleot.run/1`` of docs/json.md.
-        given: arguments of this program.
-        made: the environment, as it was when the run began.
-    """
-    return {
-        "schema": SCHEMA,
-        "benchmark": "demo",
-        "command": portable_command("benchmarks.demo", given, PATHS),
-        "date": now(),
-        "environment": made,
-        "report": without_paths(finite(report)),
-    }
-
-
-def without_paths(value: Any) -> Any:
-    """A report in which every path, absolute or to something that is here, is nothing but its last part."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and "/" in value and (Path(value).is_absolute() or Path(value).exists()):
-        return Path(value).name
-    return value
 
 
 if __name__ == "__main__":

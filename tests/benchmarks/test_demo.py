@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.demo import committed, main, without_paths
+from benchmarks.demo import PATHS, main
 from benchmarks.environment import environment
+from benchmarks.run_report import committed, without_paths
 from tests.tiny_models import save_tiny
 
 SMALL = (
@@ -40,7 +41,7 @@ def test_the_report_is_committed_with_its_command_and_environment(tmp_path: Path
     model, run = str(tmp_path / "model"), str(tmp_path / "run")
     report = {"schema": "scaleot.run/1", "model": model, "directory": run, "audit": run + "/audit.jsonl"}
     given = ["--model", model, "--output", run, "--json", str(tmp_path / "a.json"), "--set", f"public.path={tmp_path}"]
-    found = committed({**report, "peak_rss_bytes": float("nan")}, given, environment())
+    found = committed("demo", {**report, "peak_rss_bytes": float("nan")}, given, environment(), PATHS)
     assert str(tmp_path.parent) not in json.dumps(found)
     shown = f"--model model --output run --json a.json --set public.path={tmp_path.name}"
     assert found["command"] == f"python -m benchmarks.demo {shown}"

@@ -85,7 +85,7 @@ class Actors:
         place: Callable[[str], Any] | None = None,
     ) -> None:
         self.session, self.on_progress = session, on_progress
-        self._place = place or (lambda _: session.on_this_node())
+        self._place, self._placed = place or (lambda _: session.on_this_node()), place is not None
         self.living: list[Running] = []
         self.coordinator = Running(COORDINATOR, None)
         self.mark = secrets.token_hex(8)
@@ -149,7 +149,9 @@ class Actors:
     ) -> None:
         actor.handle = start(kind, cpus, gpus, *arguments, mark=self.mark, claim=claim, **options)
         self.living.append(actor)
-        self._starts.asked(actor.role, actor.handle, cpus if claim else 0, gpus)
+        # Where each part has its place before it begins, an actor waits for a process alone.
+        waits = claim and not self._placed
+        self._starts.asked(actor.role, actor.handle, cpus if waits else 0, gpus if waits else 0)
 
         def present(answer: Present) -> None:
             self._starts.over(actor.role)
