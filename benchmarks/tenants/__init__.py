@@ -1,1 +1,1 @@
-"""What several data owners on one machine cost: memory and time, by how they are put into processes."""
+"""What several data owners cost: packed into a process, in whole runs, when aggregated, when a process dies."""

@@ -1,23 +1,33 @@
-"""Memory and time of n data owners: in one pass, one after the other, and in processes of their own."""
+"""Memory and time of n data owners' LoRA tuning: in one pass, one after the other, in processes of their own."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks.overhead.spread import ratios, spread
+from benchmarks.overhead.subjects import untrained_emulator
+from benchmarks.quality.plan import Triplet
+from benchmarks.tenants.options import tenant_numbers, whole_number
 from benchmarks.tenants.tune_tenants import READY
-from scaleot_ray.config import TuneSettings
+from scaleot_ray.artifacts import write_artifact
+from scaleot_ray.config import EmulatorSettings, ModelSettings, TuneSettings
+from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import RunFailed
+from scaleot_ray.families.loading import load_base_model
+
+HELP = "LoRA tuning of 1 to 8 data owners, by how they are put into processes"
 
 PROJECT = Path(__file__).resolve().parents[2]
 _PAUSE = 0.1  # seconds between two looks at the processes' memory
@@ -39,6 +49,35 @@ WAYS = {
 }
 """One pass for the rows of all; one after the other in one process; n processes at once, each with the emulator in
 memory of its own, and with the emulator in memory that all map."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be chosen beside ``--output`` and ``--note``."""
+    parser.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
+    parser.add_argument("--settings", default="4,0.5,0.8", help="the emulator's N_a,alpha,beta; default: %(default)s")
+    parser.add_argument("--tenants", default="1,2,4,8", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each data owner")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds of all ways")
+    parser.add_argument("--batch-size", type=int, default=1, help="of each data owner")
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="default: all cores")
+
+
+def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Builds the emulator in ``folder``, and measures; gives what goes into the JSON."""
+    tenants, triplet = tenant_numbers(options), Triplet.parse(options.settings)
+    steps = whole_number(options, "steps", 2, "the first step is not timed")
+    tune = TuneSettings(method="lora", steps=steps, batch_size=options.batch_size, block_size=options.block_size)
+    say("building the emulator")
+    return {
+        "model": Path(options.model).name,
+        "settings": {
+            "triplet": str(triplet),
+            **{key: getattr(tune, key) for key in ("batch_size", "block_size", "steps", "lora_rank")},
+        },
+        "emulator": _emulator(options.model, triplet, tune.block_size, folder),
+        "packing": compare_packing(folder, tune, tenants, options.repeats, torch.get_num_threads(), say),
+    }
 
 
 def compare_packing(
@@ -69,6 +108,16 @@ def compare_packing(
         RunFailed: a process ended with an error.
     """
     return [_compare(emulator, settings, number, repeats, threads, say) for number in tenants]
+
+
+def _emulator(model: str, triplet: Triplet, block_size: int, folder: Path) -> dict[str, Any]:
+    """Writes the emulator; its process lets the model go, so that those measured have the memory."""
+    base = load_base_model(ModelSettings(path=model, dtype="float32", device="cpu"))
+    settings = EmulatorSettings(plug_in_layers=triplet.plug_in_layers, alpha=triplet.alpha, beta=triplet.beta)
+    emulator = untrained_emulator(base, settings, block_size)
+    write_artifact(emulator, folder, overwrite=True)
+    content = emulator_content(emulator.manifest)
+    return {"bytes": emulator.nbytes, "full_bytes": content.full_bytes, "layer_map": content.layer_map}
 
 
 def _compare(
@@ -178,3 +227,13 @@ def _fail(process: subprocess.Popen[str]) -> None:
     assert process.stderr is not None
     last = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
     raise RunFailed(f"A measuring process ended with {process.wait()}: {last}", "See its message.")
+
+
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """The table that is printed."""
+    rows = ["| data owners | packed ÷ | memory | seconds per step of one |", "|---|---|---|---|"]
+    for found in document["packing"]:
+        for pair, ratio in found["ratios"].items():
+            memory, seconds = ratio["memory"]["median"], ratio["seconds"]["median"]
+            rows.append(f"| {found['tenants']} | {pair.partition(' / ')[2]} | {memory:.3f} | {seconds:.3f} |")
+    return rows
