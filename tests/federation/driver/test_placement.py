@@ -15,7 +15,7 @@ from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.federation.driver.placement import check_labels, check_places
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.federation.resources.nodes import Node
-from scaleot_ray.federation.run import run_local
+from tests.cli.command import scaleot
 from tests.tiny_run import write_tiny_run
 
 GB = 10**9
@@ -97,11 +97,13 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         write_tiny_run(tmp_path, **{"environment": "cluster", **changes})
 
 
-def test_a_run_without_a_cluster_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ResourcesMissing, match="environment: cluster needs a Ray to work on") as caught:
-        run_local(on_cluster(tmp_path))
-    assert "ray job submit" in caught.value.remedy
+def test_a_run_without_a_cluster_says_so(tmp_path: Path) -> None:
+    # A process of its own: this one may be connected to the Ray of other tests.
+    (tmp_path / "run.yaml").write_text(json.dumps(on_cluster(tmp_path).model_dump(mode="json")))
+    error = scaleot("run", tmp_path / "run.yaml", "--format", "json", RAY_ADDRESS="").error
+    assert (error["code"], error["type"]) == (4, "ResourcesMissing")
+    assert error["message"].startswith("environment: cluster needs a Ray to work on")
+    assert "ray job submit" in error["remedy"]
 
 
 def on_cluster(folder: Path, alice: dict[str, str] | None = None, **changes: Any) -> RunSettings:
