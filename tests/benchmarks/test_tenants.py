@@ -48,6 +48,7 @@ def emulator(tiny: Path) -> Artifact:
     return untrained_emulator(base, EmulatorSettings(plug_in_layers=2, alpha=0.5, beta=0.5), block_size=16)
 
 
+@pytest.mark.slow  # seven processes
 def test_packing_is_written_with_what_was_compared(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def document_of(tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str
     return document, done.out
 
 
+@pytest.mark.slow  # whole runs
 def test_scaling_shows_what_grows_with_the_number_of_data_owners(tmp_path: Path) -> None:
     document, printed = document_of(tmp_path, "scaling", "--tenants", "3,1", "--steps", "200")
     found, emulator = document["scaling"], document["emulator"]["bytes"]
@@ -166,7 +168,8 @@ def test_nobody_is_killed_once_a_data_owner_is_done() -> None:
         kills.progress(Progress("tune b", 1, 4, tenant="b"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_leaves_nothing(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
         [sys.executable, *COMMAND, "scaling", *SMALL, "--steps", "100000", "--output", str(tmp_path / "found.json")],
