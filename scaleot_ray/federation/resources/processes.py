@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -131,8 +131,20 @@ def _process(pid: int) -> psutil.Process | None:
 
 def end_marked(name: str, value: str, seconds: float = _KILL_SECONDS) -> None:
     """Kills every process that has ``name=value`` in its environment, and waits until they are gone."""
+    _end_all(lambda: marked(name, value), seconds)
+
+
+def end_users_of(folder: Path, seconds: float = _KILL_SECONDS) -> None:
+    """Kills every process that has a file open in a folder, and waits until they are gone.
+
+    A process that shows a title of its own, as Ray's agents do, writes it over its environment, marks included.
+    """
+    _end_all(lambda: users_of(folder), seconds)
+
+
+def _end_all(find: Callable[[], list[psutil.Process]], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while left := marked(name, value):
+    while left := find():
         for process in left:
             try:
                 process.kill()
@@ -141,6 +153,20 @@ def end_marked(name: str, value: str, seconds: float = _KILL_SECONDS) -> None:
         psutil.wait_procs(left, timeout=0.5)
         if time.monotonic() > deadline:
             return
+
+
+def users_of(folder: Path) -> list[psutil.Process]:
+    """Living processes, other than this one, that have a file open in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and any(
+                Path(file.path).is_relative_to(folder) for file in process.open_files()
+            ):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # not ours to look at, or gone
+    return found
 
 
 def marked(name: str, value: str) -> list[psutil.Process]:

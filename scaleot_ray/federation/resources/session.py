@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.federation.resources.machine import Machine, session_folder, usable_memory
 from scaleot_ray.federation.resources.processes import end_marked
+from scaleot_ray.federation.resources.watchdog import watched
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
 _SHUTDOWN_SECONDS = 4.0  # it takes 1.5
@@ -130,21 +131,22 @@ def _started(cpus: int, gpus: int, object_store_bytes: int, debug: bool) -> Iter
     # Ray prints what happens to workers, whatever log_to_driver says; we say it in our own words.
     worker = ray._private.worker
     talkative, worker._worker_logs_enabled = worker._worker_logs_enabled, debug
-    try:
-        with _environment({MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}):  # all of Ray's processes inherit it
-            _start(cpus, gpus, object_store_bytes, folder, debug)
-        yield
-    finally:
-        # Where a signal reached Ray's own processes as well, Ray would wait for them half a minute.
-        impatience = threading.Timer(_SHUTDOWN_SECONDS, end_marked, (MARK, mark))
-        impatience.start()
-        # Interrupted while starting, Ray may not know of its own processes: the mark finds them all.
-        with contextlib.suppress(Exception):
-            ray.shutdown()
-        impatience.cancel()
-        worker._worker_logs_enabled = talkative
-        end_marked(MARK, mark)
-        shutil.rmtree(folder, ignore_errors=True)
+    with watched(MARK, mark, folder):
+        try:
+            with _environment({MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}):  # all of Ray's processes inherit it
+                _start(cpus, gpus, object_store_bytes, folder, debug)
+            yield
+        finally:
+            # Where a signal reached Ray's own processes as well, Ray would wait for them half a minute.
+            impatience = threading.Timer(_SHUTDOWN_SECONDS, end_marked, (MARK, mark))
+            impatience.start()
+            # Interrupted while starting, Ray may not know of its own processes: the mark finds them all.
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            impatience.cancel()
+            worker._worker_logs_enabled = talkative
+            end_marked(MARK, mark)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(cpus: int, gpus: int, object_store_bytes: int, folder: Path, debug: bool) -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from scaleot_ray.federation.resources.processes import marked
@@ -64,6 +66,36 @@ def test_a_ray_that_happens_to_run_is_left_alone(connected_ray: Session, tmp_pat
     assert found["processes"] > 3
     assert (found["left"], found["folder_left"], found["environment"]) == (0, False, False)
     assert not found["folder"].startswith(str(deep))
+
+
+def test_a_driver_that_is_killed_leaves_neither_processes_nor_a_folder(connected_ray: Session) -> None:
+    program = (
+        "import time\nfrom scaleot_ray.federation.resources.session import local_ray\n"
+        "with local_ray(cpus=1, gpus=0, object_store_bytes=100 << 20) as session:\n"
+        "    print(session.logs.parents[1], flush=True)\n    time.sleep(600)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        env=clean,
+        start_new_session=True,
+    )
+    assert driver.stdout is not None
+    folder = Path(driver.stdout.readline().strip())
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert folder.exists()
+    assert len(family) > 4
+    driver.kill()
+    driver.wait()
+    _, left = psutil.wait_procs(family, timeout=30)  # on its own, an agent of Ray's takes a minute
+    assert left == []
+    deadline = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not folder.exists()
 
 
 def test_a_given_ray_is_used_and_left_running(connected_ray: Session) -> None:
