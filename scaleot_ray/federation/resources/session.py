@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.federation.resources.machine import Machine, session_folder, usable_memory
-from scaleot_ray.federation.resources.processes import end_marked
+from scaleot_ray.federation.resources.processes import end_marked, end_users_of
 from scaleot_ray.federation.resources.watchdog import watched
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
@@ -146,6 +146,7 @@ def _started(cpus: int, gpus: int, object_store_bytes: int, debug: bool) -> Iter
             impatience.cancel()
             worker._worker_logs_enabled = talkative
             end_marked(MARK, mark)
+            end_users_of(folder)  # agents, which have lost the mark; Ray does not end them where its raylet was killed
             shutil.rmtree(folder, ignore_errors=True)
 
 
