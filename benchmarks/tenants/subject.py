@@ -81,10 +81,10 @@ class Subject:
     """
 
     def __init__(self, folder: Path, hidden: int, layers: int, tune: TuneSettings) -> None:
+        model = random_llama(hidden, layers)
         if ray_is_given():
             raise ConfigError("RAY_ADDRESS: these runs are measured on a Ray of their own.", "Unset RAY_ADDRESS.")
         self._folder, self._tune = folder, tune
-        model = random_llama(hidden, layers)
         self._facts = {"hidden": hidden, "layers": layers, "parameters": model.num_parameters()}
         model.save_pretrained(folder / "model")
         _tokenizer().save_pretrained(folder / "model")
