@@ -15,7 +15,6 @@ from scaleot_ray.federation.environment import look_here, on_cluster, on_this_ma
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.preflight import check_aggregation
 from scaleot_ray.federation.resources.processes import PeakMemory
-from scaleot_ray.federation.rounds.administration import note_artifacts
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress, OnTenantState
 from scaleot_ray.result_folder import is_uri
@@ -64,7 +63,6 @@ def run_local(
             there = stack.enter_context(on_this_machine(settings, facts, debug, listen))
         else:
             there = stack.enter_context(on_cluster(settings, debug, listen, on_progress))
-        note_artifacts(folder, settings.artifacts)
         started = time.monotonic() - start
         actors = stack.enter_context(Actors(there.session, memory, on_progress, there.place))
         tenants = [Tenant(tenant) for tenant in settings.tenants]

@@ -36,7 +36,8 @@ from scaleot_ray.federation.roles.events import Events
 from scaleot_ray.federation.roles.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.roles.role import Role
 from scaleot_ray.federation.roles.table_gate import unpack_table
-from scaleot_ray.federation.rounds.administration import Request, artifacts_of, carry_out
+from scaleot_ray.federation.rounds.administration import Request, carry_out
+from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.intake import Sent
 from scaleot_ray.federation.rounds.registry import PlugIn, Round
 from scaleot_ray.federation.rounds.round_keeper import RoundKeeper
@@ -58,6 +59,7 @@ class Charge:
         rounds, aggregation: sections of the settings.
         weights: of the data owners in the aggregate.
         metrics: by data owner whose evaluator the settings declare: what its table is measured by.
+        artifacts: folder or URI that deltas and aggregates are kept in; None: where they were so far.
         lease_seconds: a coordinator that no driver has asked for so long ends itself; it outlives the driver's job.
     """
 
@@ -67,6 +69,7 @@ class Charge:
     aggregation: AggregationSettings | None
     weights: dict[str, float]
     metrics: dict[str, str]
+    artifacts: str | None = None
     lease_seconds: float = 60.0
 
 
@@ -310,7 +313,8 @@ class Coordinator(Role):
         return Opened(found, self._keeper.taking_part(found.number), self._keeper.is_last(found.number))
 
     def _open(self, emulator: Any) -> None:
-        charge, artifacts = self._charge, artifacts_of(self._folder)
+        charge = self._charge
+        artifacts = Location.of(charge.artifacts) if charge.artifacts is not None else None
         if artifacts is not None:
             artifacts.check()  # this process may have other credentials than the driver, which has looked before
         self._opened = RoundKeeper(

@@ -18,7 +18,6 @@ from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.config import RoundSettings
 from scaleot_ray.errors import ConfigError, RunFailed, ScaleOTError
 from scaleot_ray.federation.folder import FolderHeld, RunFolder
-from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.round_keeper import RoundKeeper
 from scaleot_ray.stages.record import read_record, write_record
 
@@ -99,25 +98,10 @@ def registry_of(folder: RunFolder) -> Path:
 def note_registry(folder: RunFolder, registry: str | None) -> Path:
     """Notes where a run's registry is, for whoever asks later; requests that nobody answered before are dropped."""
     place = Path(registry).expanduser().absolute() if registry is not None else folder.coordinator
-    _note(folder, "registry", str(place))
+    write_record(folder.coordinator / "registry.json", {"registry": str(place)})
     for path in folder.requests.glob("*.json"):
         path.unlink(missing_ok=True)
     return place
-
-
-def note_artifacts(folder: RunFolder, artifacts: str | None) -> None:
-    """Notes the setting that says where a run keeps artefacts, for its coordinator."""
-    _note(folder, "artifacts", artifacts)
-
-
-def artifacts_of(folder: RunFolder) -> Location | None:
-    """Where a run that begins is to keep artefacts; None: where it has so far.
-
-    Raises:
-        ConfigError: as :meth:`Location.of`.
-    """
-    noted = read_record(folder.coordinator / "registry.json").get("artifacts")
-    return Location.of(noted) if noted is not None else None
 
 
 def pending(folder: RunFolder) -> list[tuple[str, Request]]:
@@ -137,11 +121,6 @@ def reply(folder: RunFolder, name: str, changed: list[int] | ScaleOTError) -> No
     if isinstance(changed, ScaleOTError):
         values = {"problem": changed.problem, "remedy": changed.remedy}
     write_record(folder.requests / f"{name}.answer.json", values)
-
-
-def _note(folder: RunFolder, key: str, value: str | None) -> None:
-    path = folder.coordinator / "registry.json"
-    write_record(path, {**read_record(path), key: value})
 
 
 def _ask(folder: RunFolder, request: Request, seconds: float) -> list[int]:
