@@ -47,6 +47,7 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     settings = settings.model_copy(update={"tenants": settings.tenants[: scenario.get("tenants")]})
     blow = 0.0
     seen: dict[str, int] = {}
+    least: dict[str, int] = {}
     states: list[str] = []
 
     def on_progress(progress: Progress) -> None:
@@ -54,6 +55,8 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
         seen.setdefault(progress.stage, progress.step)
         if scenario.get("announce"):
             print(f"{progress.stage} {progress.step}", file=sys.stderr, flush=True)
+        if blow:
+            least[progress.stage] = min(progress.step, least.get(progress.stage, progress.step))
         there = progress.stage == scenario.get("stage") and progress.step >= scenario.get("step", 1)
         if "kill" in scenario and there and not blow:
             blow = time.monotonic()
@@ -76,6 +79,7 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
         "seconds_after_blow": seconds,
         "left": [str(process) for process in left],
         "first_seen": seen,
+        "least_seen_after_blow": least,
         "states": states,
     }
 

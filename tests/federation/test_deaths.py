@@ -116,6 +116,33 @@ def test_a_data_owner_starts_again_and_is_left_out_where_the_quorum_holds(tmp_pa
     assert again["left"] == without["left"] == []
 
 
+def test_whoever_shares_a_process_starts_again_with_the_others_from_its_checkpoint(tmp_path: Path) -> None:
+    tune = {**SLOW_TUNING["tune"], "method": "lora", "lora_rank": 4}
+    (shared,) = runs(
+        tmp_path,
+        {
+            "kill": "PackedDataOwners",
+            "stage": "tune alice",
+            "step": 12,
+            "settings": {**SLOW_TUNING, "tune": tune, "tenants_per_process": 2},
+        },
+    )
+    for name in ("alice", "bob"):
+        assert [one.removeprefix(f"{name} ") for one in shared["states"] if one.startswith(name)] == [
+            "waiting: ",
+            "tuning: ",
+            "waiting: died and starts again (2 of 3)",
+            "tuning: ",
+            "submitted: ",
+        ]
+        assert read_artifact(tmp_path / "run" / "tenants" / name / "delta").digest
+    assert shared["report"]["rounds"][0]["submitted"] == ["alice", "bob"]
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "data owners alice, bob died: its process was killed" in log
+    assert shared["least_seen_after_blow"]["tune alice"] > 5
+    assert shared["left"] == []
+
+
 def test_what_was_written_is_whole(deaths: dict[str, dict[str, Any]], folder: Path) -> None:
     read_artifact(folder / "run" / "emulator")
     hidden = [path for path in (folder / "run").rglob(".*") if path.name != ".lock"]

@@ -40,12 +40,14 @@ class Running:
         role: who it is.
         handle: Ray's handle.
         pid: its process, once it has started, where that is on our node.
+        elsewhere: address of its node, once it has started, where that is another.
         started: it has answered.
     """
 
     role: str
     handle: Any
     pid: int | None = None
+    elsewhere: str | None = None
     started: bool = False
 
 
@@ -159,6 +161,8 @@ class Actors:
             if answer.node == self.session.node:  # elsewhere the number is of another process
                 actor.pid = answer.pid
                 self._memory.others.add(answer.pid)
+            else:
+                actor.elsewhere = answer.address
 
         self.call(actor, actor.handle.present.remote(), present, failed)
 
@@ -222,7 +226,7 @@ class Actors:
         if isinstance(error, RayTaskError) and isinstance(error.cause, RayActorError):
             actor = self.coordinator  # the only actor that others wait for
             error = error.cause
-        return actor_failure(error, actor.role, actor.pid, self.session.logs)
+        return actor_failure(error, actor.role, actor.pid, self.session.logs, actor.elsewhere)
 
     def _see_to(self, answer: ray.ObjectRef) -> None:
         actor, then, failed = self._waiting.pop(answer)

@@ -14,7 +14,9 @@ _MAGIC = re.compile(r"^:(actor_name|job_id|task_name):")  # what Ray writes into
 _AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."
 
 
-def actor_failure(error: BaseException, role: str, pid: int | None, logs: Path) -> ScaleOTError:
+def actor_failure(
+    error: BaseException, role: str, pid: int | None, logs: Path, elsewhere: str | None = None
+) -> ScaleOTError:
     """What happened to an actor, out of the exception that waiting for it raised.
 
     Errors of this package keep their class (and exit code); the role is named in front. Everything
@@ -25,6 +27,7 @@ def actor_failure(error: BaseException, role: str, pid: int | None, logs: Path) 
         role: who failed, e.g. ``data owner alice``.
         pid: its process, if it is known.
         logs: folder of the workers' logs.
+        elsewhere: address of its node, where that is not ours.
     """
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, ScaleOTError):
@@ -44,7 +47,7 @@ def actor_failure(error: BaseException, role: str, pid: int | None, logs: Path) 
             f"Lower batch_size or block_size, or close other programs. {_AGAIN}",
         )
     if isinstance(cause, RayActorError):
-        return RunFailed(f"{role} died: {_why(cause)}.{_log_tail(pid, logs)}", _AGAIN)
+        return RunFailed(f"{role} died: {_why(cause, elsewhere)}.{_log_tail(pid, logs)}", _AGAIN)
     if isinstance(cause, GetTimeoutError) or _from_ray(cause):
         return RunFailed(f"{role}: Ray failed: {_first_line(str(cause))}{_log_tail(pid, logs)}", _AGAIN)
     place = _place(str(error)) if isinstance(error, RayTaskError) else ""
@@ -73,18 +76,23 @@ def _named(error: ScaleOTError, role: str) -> ScaleOTError:
     return named
 
 
-def _why(error: RayActorError) -> str:
+def _why(error: RayActorError, elsewhere: str | None) -> str:
     """One sentence about a dead actor's end."""
     text = str(error)
     if isinstance(error, ActorDiedError) and "creation task" in text:
         # An exception in the constructor, or while its modules were imported: the last line says which.
         lines = [line for line in text.splitlines() if line.strip()]
         return f"it could not start: {lines[-1].strip()}"
+    if "its node has died" in text:
+        return f"its node{f' {elsewhere}' if elsewhere else ''} was {'preempted' if error.preempted else 'lost'}"
     if "SIGTERM" in text:
         return "its process was ended by SIGTERM"
     found = re.search(r"exit code (-?\d+)", text)
     if found and found.group(1) not in ("0", "-1"):
         return f"its process ended with exit code {found.group(1)}"
+    if elsewhere:
+        # All that shows at first of a node that is gone are broken connections.
+        return f"its process on node {elsewhere} was killed, or that node was lost"
     return "its process was killed (by SIGKILL, the system's out-of-memory killer, or a crash)"
 
 

@@ -28,13 +28,14 @@ class Present:
 
     Attributes:
         pid: its process.
-        node: Ray's id of the node that is on.
+        node, address: Ray's id of the node that it is on, and the node's IP.
         threads: threads torch computes with.
         gpus: GPUs it sees.
     """
 
     pid: int
     node: str
+    address: str
     threads: int
     gpus: int
 
@@ -58,7 +59,8 @@ class Role:
     def present(self) -> Present:
         """Answers once the actor has started."""
         node = ray.get_runtime_context().get_node_id()
-        return Present(os.getpid(), node, torch.get_num_threads(), torch.cuda.device_count())
+        address = ray.util.get_node_ip_address()
+        return Present(os.getpid(), node, address, torch.get_num_threads(), torch.cuda.device_count())
 
     def shared_emulator(self) -> Artifact:
         """The shared emulator, not verified yet; asked for again where the coordinator was started anew meanwhile.

@@ -149,6 +149,7 @@ def run_once(folder: Path, sites: Sites, scenario: dict[str, Any]) -> dict[str, 
         "killed": killed,
         "placement_groups": sorted(groups),
         "said": said,
+        "log": (Path(settings.output) / "run.log").read_text().splitlines(),
     }
 
 

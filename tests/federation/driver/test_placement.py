@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,8 @@ def test_a_lost_node_costs_its_data_owner_the_round_and_nobody_else_anything(run
     assert alice["delta_digest"] is None
     assert bob["delta_digest"] is not None
     assert any("died and starts again (2 of 3)" in stage for stage in runs[0]["said"])
+    died = next(line for line in runs[0]["log"] if "data owner alice died" in line)
+    assert re.search(r"died: its (process on )?node [\d.]+ was (killed, or that node was )?lost", died), died
 
 
 def test_a_data_owner_goes_on_at_another_node_with_its_labels(runs: list[dict[str, Any]]) -> None:

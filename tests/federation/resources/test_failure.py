@@ -107,3 +107,15 @@ def test_a_dead_process_leaves_its_last_words(connected_ray: Session) -> None:
 def test_no_log_is_no_trouble(tmp_path: Path) -> None:
     found = actor_failure(ray.exceptions.ActorDiedError(), "model owner", 1, tmp_path)
     assert found.problem.startswith("model owner died: ")
+
+
+def test_on_another_node_the_node_is_named(tmp_path: Path) -> None:
+    broken = ray.exceptions.ActorUnavailableError("Socket closed", None)
+    far = actor_failure(broken, "model owner", None, tmp_path, "10.0.0.3")
+    near = actor_failure(broken, "model owner", None, tmp_path)
+    assert "model owner died: its process on node 10.0.0.3 was killed, or that node was lost." in far.problem
+    assert "node" not in near.problem
+    lost = ray.exceptions.RayActorError(None, "The actor died because its node has died. Node Id: 1a")
+    assert "died: its node 10.0.0.3 was lost." in actor_failure(lost, "evaluator", None, tmp_path, "10.0.0.3").problem
+    taken = ray.exceptions.RayActorError(None, "The actor died because its node has died.", preempted=True)
+    assert "died: its node 10.0.0.3 was preempted." in actor_failure(taken, "e", None, tmp_path, "10.0.0.3").problem
