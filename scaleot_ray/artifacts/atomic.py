@@ -1,4 +1,4 @@
-"""A directory that appears on disk whole or not at all."""
+"""A directory that appears on disk whole or not at all, and goes as it came."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def atomic_directory(directory: str | Path, needed: int, marker: str, overwrite:
     free = _free_bytes(target)
     if free < needed:
         raise _no_room(target, needed, free)
-    token = secrets.token_hex(4)
-    partial, replaced = target.parent / f".scaleot-{token}.partial", target.parent / f".scaleot-{token}.replaced"
+    partial, replaced = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
@@ -57,6 +56,22 @@ def atomic_directory(directory: str | Path, needed: int, marker: str, overwrite:
         except BaseException:  # a first Ctrl-C or SIGTERM just now; commands ignore those that follow
             _remove(partial, replaced, target)
             raise
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a directory, if it is there; whoever is killed meanwhile leaves all of it, or nothing under its name."""
+    _, replaced = _beside(directory)
+    try:
+        os.rename(directory, replaced)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(replaced)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Names for what is not whole yet, and for what is to go."""
+    token = secrets.token_hex(4)
+    return target.parent / f".scaleot-{token}.partial", target.parent / f".scaleot-{token}.replaced"
 
 
 def _remove(partial: Path, replaced: Path, target: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.atomic import remove_directory
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.artifacts.storage import read_manifest, write_artifact
 from scaleot_ray.federation.folder import clear_unfinished
@@ -108,7 +108,7 @@ class FolderStore(ArtifactStore):
             yield place
         except BaseException:
             if new:
-                shutil.rmtree(place)
+                remove_directory(place)
             raise
 
     def has(self, digest: str) -> bool:
@@ -129,8 +129,7 @@ class FolderStore(ArtifactStore):
 
     def remove(self, digest: str) -> None:
         """See :meth:`ArtifactStore.remove`."""
-        if self.has(digest):
-            shutil.rmtree(self._deltas / digest)
+        remove_directory(self._deltas / digest)
 
     def release(self, kept: Collection[str]) -> None:
         """Nothing was fetched."""

@@ -8,7 +8,6 @@ was cut short is no artefact therefore, and is written once more when it comes a
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from scaleot_ray.artifacts.artifact import Artifact
-from scaleot_ray.artifacts.atomic import atomic_directory
+from scaleot_ray.artifacts.atomic import atomic_directory, remove_directory
 from scaleot_ray.artifacts.manifest import CHECKSUM_FILE, MANIFEST_FILE, Manifest
 from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest
 from scaleot_ray.artifacts.piecewise import StoredArtifact
@@ -65,7 +64,7 @@ class FilesystemStore(ArtifactStore):
                 self._upload_artifact(place, f"deltas/{digest}")
         except BaseException:
             if new:
-                shutil.rmtree(place)
+                remove_directory(place)
             raise
 
     def has(self, digest: str) -> bool:
@@ -112,7 +111,7 @@ class FilesystemStore(ArtifactStore):
 
     def remove(self, digest: str) -> None:
         """See :meth:`ArtifactStore.remove`."""
-        shutil.rmtree(self._cache / digest, ignore_errors=True)
+        remove_directory(self._cache / digest)
         self._remove_file(f"deltas/{digest}/{CHECKSUM_FILE}")  # first, so that half of it is no artefact
         with self._in_words("cannot be removed"):
             try:
@@ -124,7 +123,7 @@ class FilesystemStore(ArtifactStore):
         """See :meth:`ArtifactStore.release`."""
         for place in self._cache.glob("*"):
             if place.name not in kept:
-                shutil.rmtree(place)
+                remove_directory(place)
 
     def write_state(self, number: int, state: ServerState) -> None:
         """See :meth:`ArtifactStore.write_state`."""

@@ -18,11 +18,11 @@ NAMES = ["ann", "ben", "cas"]
 class Bench:
     """A keeper in a folder, which can be given up for a new one, and what its data owners send."""
 
-    def __init__(self, tiny: TinyDeltas, folder: Path) -> None:
+    def __init__(self, tiny: TinyDeltas, folder: Path, **settings: Any) -> None:
         self.tiny, self.folder, self.tokens = tiny, folder, dict[str, str]()
         self.audit = AuditLog(folder / "audit.jsonl")
         self.settings: dict[str, Any] = {"rounds": RoundSettings(), "aggregation": None, "weights": {}}
-        self.keeper = self.new()
+        self.keeper = self.new(**settings)
 
     def new(self, **settings: Any) -> RoundKeeper:
         """The keeper that comes after the one that is, as after a crash."""

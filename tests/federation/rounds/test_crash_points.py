@@ -1,0 +1,58 @@
+"""Killed before any of its steps, a keeper of rounds loses nothing acknowledged and counts nothing twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.command import environment
+from tests.federation.rounds.tiny_deltas import TinyDeltas
+
+PROJECT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an emulator."""
+    return TinyDeltas.build(tmp_path_factory.mktemp("tiny")).folder
+
+
+def crashes(tiny: Path, work: Path, scenario: str) -> list[dict[str, Any]]:
+    """What came of a kill before each step; the last one came through."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.federation.rounds.crash_points", str(tiny), str(work), scenario],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        cwd=PROJECT,
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["step"] for one in found] == list(range(1, len(found) + 1))
+    assert not found[-1]["before"]
+    for one in found:
+        for look in (one["at_once"], one["later"]):
+            assert look["whole"], one
+            assert look["unfinished"] == look["broken"] == [], one
+    return found
+
+
+def test_a_round(tiny: Path, tmp_path: Path) -> None:
+    found = crashes(tiny, tmp_path, "submit")
+    # Between the files of a delta, inside of transactions, while the aggregate is made, before an answer is given.
+    for step in ("open tensors.safetensors", "INSERT INTO submissions", "open .1.safetensors", "acknowledge ben"):
+        assert any(one["before"].startswith(step) for one in found), step
+    assert any(one["at_once"]["submitted"] == ["ann"] and not one["acknowledged"] for one in found)
+    for one in found:
+        acknowledged, at_once, later = one["acknowledged"], one["at_once"], one["later"]
+        assert set(acknowledged) - {"end"} <= set(at_once["submitted"]), one
+        assert "end" not in acknowledged or at_once["rounds"] == ["finished"], one
+        assert sorted(later["submitted"]) == later["of"] == ["ann", "ben"], one
+        assert (later["rounds"][0], later["aggregate"], later["kept"]) == ("finished", 1.5, 3), one
