@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,28 @@ def actor_processes(kind: str) -> list[psutil.Process]:
     return found
 
 
+def kill(kind: str) -> bool:
+    """Ends the first actor of a class, or us; whether there was one."""
+    found = [os.getpid()] if kind == "driver" else [process.pid for process in actor_processes(kind)[:1]]
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    return bool(found)
+
+
+def kill_the_first(kind: str) -> None:
+    """Ends an actor of a class as soon as there is one."""
+    until = time.monotonic() + 60
+    while not kill(kind) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     """One run.
 
     Args:
         scenario: changes to the ``settings``, how many ``tenants``, whether to ``announce`` every step, and
-            ``kill``, a class of actors, at a ``stage`` and ``step``.
+            ``kill``, a class of actors or ``driver``, at a ``stage`` and ``step``; or, in ``kill_at``, classes by the
+            state of a data owner (``alice tuning``) at which the first of them goes that is there, or comes.
     """
     settings = write_tiny_run(folder, **scenario.get("settings", {}))
     settings = settings.model_copy(update={"tenants": settings.tenants[: scenario.get("tenants")]})
@@ -49,6 +66,7 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
     seen: dict[str, int] = {}
     least: dict[str, int] = {}
     states: list[str] = []
+    kinds: dict[str, str] = dict(scenario.get("kill_at", {}))
 
     def on_progress(progress: Progress) -> None:
         nonlocal blow
@@ -60,11 +78,13 @@ def run_once(folder: Path, scenario: dict[str, Any]) -> dict[str, Any]:
         there = progress.stage == scenario.get("stage") and progress.step >= scenario.get("step", 1)
         if "kill" in scenario and there and not blow:
             blow = time.monotonic()
-            for process in actor_processes(scenario["kill"])[:1]:
-                os.kill(process.pid, signal.SIGKILL)
+            kill(scenario["kill"])
 
     def on_state(told: TenantState) -> None:
         states.append(f"{told.tenant} {told.state}: {told.reason}")
+        kind = kinds.pop(f"{told.tenant} {told.state}", None)
+        if kind is not None:
+            threading.Thread(target=kill_the_first, args=(kind,), daemon=True).start()
 
     result: dict[str, Any]
     try:

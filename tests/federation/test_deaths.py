@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.federation.resources.session import Session
 from tests.cli.command import environment
 
 PROJECT = Path(__file__).parents[2]
@@ -22,8 +25,11 @@ EVALUATED = {**SLOW_TUNING, "evaluator": True}
 FATAL = ["model owner", "data owner", "evaluator"]
 
 
-def runs(folder: Path, *scenarios: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs one after the other in one process, each on a Ray of its own."""
+def runs(folder: Path, *scenarios: dict[str, Any], address: str = "", ends: int = 0) -> list[dict[str, Any]]:
+    """Runs one after the other in one process, each on a Ray of its own or on that of an address.
+
+    The process ends as said: with 0, or by a signal.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "tests.federation.scenario", str(folder), json.dumps(scenarios)],
         capture_output=True,
@@ -31,9 +37,9 @@ def runs(folder: Path, *scenarios: dict[str, Any]) -> list[dict[str, Any]]:
         timeout=400,
         check=False,
         cwd=PROJECT,
-        env=environment(),
+        env={**environment(), "RAY_ADDRESS": address},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ends, done.stderr
     assert "(raylet)" not in done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -141,6 +147,40 @@ def test_whoever_shares_a_process_starts_again_with_the_others_from_its_checkpoi
     assert "data owners alice, bob died: its process was killed" in log
     assert shared["least_seen_after_blow"]["tune alice"] > 5
     assert shared["left"] == []
+
+
+def test_killed_before_it_begins_and_just_after_it_submitted(tmp_path: Path) -> None:
+    blows = {"alice tuning": "DataOwner", "alice submitted": "DataOwner"}
+    (one,) = runs(tmp_path, {"settings": {"evaluator": False}, "kill_at": blows, "tenants": 1})
+    died = "alice waiting: died and starts again (2 of 3)"
+    assert one["states"] == ["alice waiting: ", "alice tuning: ", died, "alice tuning: ", "alice submitted: "]
+    assert one["report"]["rounds"][0]["submitted"] == ["alice"]
+    (tenant,) = one["report"]["tenants"]
+    assert read_artifact(tmp_path / "run" / "tenants" / "alice" / "delta").digest == tenant["delta_digest"]
+    assert one["left"] == []
+
+
+def test_on_a_given_ray_the_next_run_takes_over_what_a_killed_driver_left(
+    connected_ray: Session, tmp_path: Path
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    blow = {"kill": "driver", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING}
+    assert runs(tmp_path, blow, address=address, ends=-signal.SIGKILL) == []
+    assert len(coordinators()) == 1  # detached, it outlives its driver
+    (after,) = runs(tmp_path, {"settings": SLOW_TUNING}, address=address)
+    assert after["report"]["rounds"][0]["submitted"] == ["alice", "bob"]
+    assert after["first_seen"]["tune alice"] > 5
+    assert not {"stage 1", "generate text"} & after["first_seen"].keys()
+    assert AuditLog(tmp_path / "run" / "audit.jsonl").broken == []
+    assert coordinators() == []
+    # Without an aggregate a run never goes on with a round: what the first began has failed.
+    assert after["report"]["rounds"][0]["number"] == 2
+
+
+def coordinators() -> list[dict[str, str]]:
+    """Those that live on the connected Ray."""
+    found: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return found
 
 
 def test_what_was_written_is_whole(deaths: dict[str, dict[str, Any]], folder: Path) -> None:
