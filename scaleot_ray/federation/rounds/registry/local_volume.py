@@ -13,36 +13,54 @@ from scaleot_ray.errors import ConfigError
 
 NETWORK = {
     "9p",
+    "acfs",
     "afs",
     "beegfs",
     "ceph",
     "cifs",
-    "fuse.ceph",
-    "fuse.cephfs",
-    "fuse.gcsfuse",
-    "fuse.glusterfs",
-    "fuse.goofys",
-    "fuse.juicefs",
-    "fuse.rclone",
-    "fuse.s3fs",
-    "fuse.sshfs",
-    "fuse.mount-s3",
+    "coda",
+    "drvfs",
     "gfs2",
     "glusterfs",
     "gpfs",
     "lustre",
+    "mmfs",
     "ncpfs",
     "nfs",
     "nfs4",
     "ocfs2",
+    "orangefs",
     "panfs",
+    "prl_fs",
+    "pvfs2",
+    "smb2",
     "smb3",
     "smbfs",
+    "vboxsf",
     "virtiofs",
+    "vmhgfs",
     "weka",
     "wekafs",
 }
-"""File systems that more than one machine may have mounted, as the system calls them."""
+"""File systems that more than one machine, or a guest and its host, may have mounted, as the system calls them."""
+
+LOCAL_FUSE = {
+    "fuse.bindfs",
+    "fuse.encfs",
+    "fuse.fuse-overlayfs",
+    "fuse.gocryptfs",
+    "fuse.lxcfs",
+    "fuse.mergerfs",
+    "fuse.ntfs-3g",
+    "fuse.unionfs",
+}
+"""Those in user space that are known to be of one machine; most others are of object stores and clusters."""
+
+
+def shared_by_machines(kind: str) -> bool:
+    """Whether several machines may have a file system of this type mounted, as far as its name says."""
+    kind = kind.lower()
+    return kind in NETWORK or kind == "fuse" or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
 
 
 def filesystem_of(path: Path) -> tuple[str, str]:
@@ -68,7 +86,7 @@ def check_local(path: Path, key: str) -> None:
         ConfigError: names the file system and the setting.
     """
     kind, mount = filesystem_of(path)
-    if kind.lower() in NETWORK:
+    if shared_by_machines(kind):
         raise ConfigError(
             f"{key}: {path} is on a network file system ({kind}, mounted at {mount}), which would damage a registry "
             "sooner or later.",

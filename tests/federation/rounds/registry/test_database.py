@@ -17,7 +17,7 @@ import pytest
 
 from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
 from scaleot_ray.federation.rounds.registry import Registry
-from scaleot_ray.federation.rounds.registry.local_volume import filesystem_of
+from scaleot_ray.federation.rounds.registry.local_volume import filesystem_of, shared_by_machines
 from tests.federation.rounds.registry.filled import EMULATOR, delta_of, filled
 
 
@@ -113,6 +113,11 @@ def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert "disk of the machine" in refused.value.remedy
     assert not (tmp_path / "share").exists()
     Registry(tmp_path / "share-not.sqlite").close()
+
+
+def test_what_is_not_known_to_be_of_one_machine_alone_is_refused() -> None:
+    assert all(shared_by_machines(kind) for kind in ("nfs", "CIFS", "fuse.blobfuse2", "fuse.mfs", "fuse", "virtiofs"))
+    assert not any(shared_by_machines(kind) for kind in ("ext4", "xfs", "overlay", "tmpfs", "fuse.mergerfs", "fuseblk"))
 
 
 def test_threads_share_it(tmp_path: Path) -> None:
