@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from scaleot_ray.artifacts.emulator_gate import model_sizes
-from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
-from scaleot_ray.artifacts.raw_bytes import DTYPES
+from scaleot_ray.artifacts.manifest import DeltaContent, Manifest, TensorEntry
+from scaleot_ray.artifacts.raw_bytes import DTYPES, dtype_name
 from scaleot_ray.artifacts.tensor_roles import emulator_content, family_named
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import Family
@@ -66,13 +68,20 @@ def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None =
     expected = expected_tensors(content, parent, family)
     for name in sorted(expected.keys() - manifest.tensors.keys()):
         raise ArtifactRefused(f"tensor {name!r} is missing from the delta.", _REMEDY)
+    types = {name: _delta_type(entry.dtype) for name, entry in _plug_in_entries(parent, family).items()}
     for name, entry in manifest.tensors.items():
         if name not in expected:
             raise ArtifactRefused(f"tensor {name!r} is none that a delta of method {content.method!r} has.", _REMEDY)
         if entry.shape != expected[name]:
             raise ArtifactRefused(f"tensor {name!r} has shape {entry.shape}, expected {expected[name]}.", _REMEDY)
-        if not entry.dtype.startswith(("float", "bfloat")):
-            raise ArtifactRefused(f"tensor {name!r} has type {entry.dtype}; a delta holds floats.", _REMEDY)
+        # Half the precision would make that of an aggregate half too. Where the tensor is none of the emulator's
+        # own, which of the plug-in layers' types it was made in depends on the method.
+        allowed = {types[name]} if name in types else set(types.values())
+        if entry.dtype not in allowed:
+            raise ArtifactRefused(
+                f"tensor {name!r} has type {entry.dtype}; on this emulator it is {' or '.join(sorted(allowed))}.",
+                _REMEDY,
+            )
     size, limit = sum(entry.nbytes for entry in manifest.tensors.values()), delta_limit(parent)
     if size > limit:
         raise ArtifactRefused(
@@ -92,9 +101,18 @@ def delta_limit(parent: Manifest) -> int:
 
     That type is fp32, or fp64 for an fp64 model.
     """
-    layers = [family_named(parent).layer_prefix(position) for position in emulator_content(parent).plug_in_positions]
-    entries = [entry for name, entry in parent.tensors.items() if name.startswith(tuple(layers))]
-    return sum(entry.parameters * max(DTYPES[entry.dtype].itemsize, 4) for entry in entries)
+    entries = _plug_in_entries(parent, family_named(parent)).values()
+    return sum(entry.parameters * DTYPES[_delta_type(entry.dtype)].itemsize for entry in entries)
+
+
+def _delta_type(weights: str) -> str:
+    """Type of a delta's tensor for weights of a type: fp32, or fp64 for an fp64 model."""
+    return str(dtype_name(torch.promote_types(DTYPES[weights], torch.float32)))
+
+
+def _plug_in_entries(parent: Manifest, family: Family) -> dict[str, TensorEntry]:
+    layers = tuple(family.layer_prefix(position) for position in emulator_content(parent).plug_in_positions)
+    return {name: entry for name, entry in parent.tensors.items() if name.startswith(layers)}
 
 
 def expected_tensors(content: DeltaContent, parent: Manifest, family: Family) -> dict[str, list[int]]:

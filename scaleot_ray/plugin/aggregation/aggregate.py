@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -84,15 +85,18 @@ def aggregate(
         tensors, state = server_step(settings, tensors, state)
     if base is not None and settings.method not in LOW_RANK:
         _add(tensors, base)
-    entries = parts[0].stored.manifest.tensors
-    dtype = DTYPES[next(iter(entries.values())).dtype]
     delta = Delta(
         method,
         tuple(parts[0].content.positions),
         made,
-        {name: tensors[name].to(dtype) for name in entries},
+        {name: tensors[name].to(_dtype(parts, name)) for name in parts[0].stored.manifest.tensors},
     )
     return Aggregate(delta, [part.name for part in parts if part.factor < 1], lost, state)
+
+
+def _dtype(parts: Sequence[Contribution], name: str) -> torch.dtype:
+    """The most precise type that one of the deltas has a tensor in."""
+    return reduce(torch.promote_types, (DTYPES[part.stored.manifest.tensors[name].dtype] for part in parts))
 
 
 def check_fits_tuning(settings: AggregationSettings, method: str) -> None:

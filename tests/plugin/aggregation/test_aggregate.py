@@ -136,6 +136,12 @@ def test_deltas_that_do_not_belong_together(tmp_path: Path) -> None:
         aggregate([lora[0], ("bob", write_delta(low_rank[1], tmp_path / "alpha"), 1.0)], AggregationSettings())
 
 
+def test_the_most_precise_type_is_that_of_the_aggregate(tmp_path: Path) -> None:
+    for value in range(6):  # whichever digest comes first
+        given = two(tmp_path / str(value), torch.tensor([value, 2.0]), torch.tensor([value, 1.0]).half())
+        assert aggregate(given, AggregationSettings()).delta.tensors["w"].dtype == torch.float32
+
+
 def test_names_and_weights(tmp_path: Path) -> None:
     given, _ = random_deltas(tmp_path, "layers", 2)
     with pytest.raises(ConfigError, match="no delta"):
