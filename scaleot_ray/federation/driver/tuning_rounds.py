@@ -6,6 +6,7 @@ process dies starts again, and is left out where the quorum holds without it.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -154,7 +155,7 @@ class TuningRounds:
         begun = time.monotonic()
         for tenant in pack.tenants:
             tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, begun
-            actors.call_coordinator("begin_part", number, tenant.name)
+            actors.call_coordinator("begin_part", number, tenant.name, secrets.token_hex(8))
             state.tell(tenant, "tuning", number)
         actor = self._start(pack, lambda error: self._tuning_failed(pack, actor, error))
 

@@ -10,6 +10,7 @@ from scaleot_ray.federation.rounds.registry.records import (
     Submission,
     Tenant,
     TenantState,
+    Withdrawal,
 )
 from scaleot_ray.federation.rounds.registry.registry import Registry
 
@@ -24,4 +25,5 @@ __all__ = [
     "Submission",
     "Tenant",
     "TenantState",
+    "Withdrawal",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scaleot_ray.errors import ConfigError, ResourcesMissing, RunFailed
 from scaleot_ray.federation.rounds.registry.local_volume import check_local
-from scaleot_ray.federation.rounds.registry.schema import TABLES, VERSION
+from scaleot_ray.federation.rounds.registry.schema import TABLES, UPGRADES, VERSION
 
 KEY = "registry"
 """The setting that names the file."""
@@ -30,7 +30,7 @@ class Database:
         write: become the writer; else nothing can be changed through this connection.
 
     Raises:
-        ConfigError: it is on a network file system, is no registry, is one of another version, or does
+        ConfigError: it is on a network file system, is no registry, is one of a later version, or does
             not exist.
         ResourcesMissing: the file is damaged or the disk is full.
     """
@@ -114,9 +114,9 @@ class Database:
         execute("BEGIN IMMEDIATE")
         try:
             if not execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in TABLES.split(";\n"):
-                    execute(statement)
+                self._run(TABLES)
                 execute("INSERT INTO meta VALUES ('version', ?), ('generation', '0')", (str(VERSION),))
+            self._upgrade()
             execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'generation'")
             self._generation = int(execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()[0])
             execute("COMMIT")
@@ -124,10 +124,24 @@ class Database:
             execute("ROLLBACK")
             raise
 
+    def _upgrade(self) -> None:
+        """Brings tables of an earlier version up to this one; within a transaction."""
+        found = self._connection.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
+        version = int(found[0]) if found and found[0].isdecimal() else VERSION
+        for number in range(version, VERSION):
+            self._run(UPGRADES[number])
+            self._connection.execute("UPDATE meta SET value = ? WHERE key = 'version'", (str(number + 1),))
+
+    def _run(self, statements: str) -> None:
+        for statement in statements.split(";\n"):
+            self._connection.execute(statement)
+
     def _check_version(self) -> None:
         found = self.row("SELECT value FROM meta WHERE key = 'version'")
         version = found["value"] if found else "none"
-        if version != str(VERSION):
+        # Whoever only looks finds one of an earlier version as it was.
+        known = {str(VERSION)} | ({str(number) for number in UPGRADES} if self._generation is None else set())
+        if version not in known:
             self.close()
             raise ConfigError(
                 f"{self.path}: is a registry of version {version}; this scaleot_ray writes version {VERSION}.",

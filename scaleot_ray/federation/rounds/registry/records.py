@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 AGGREGATE = "aggregate"
@@ -82,6 +82,9 @@ class NewSubmission:
         weight: in the aggregate, before shares are made of the weights.
         metrics: numbers that came with it.
         data_digest: HMAC of the data it was tuned on, under the data owner's own key; None where it sent none.
+        settings: what it was tuned with: the delta's method and the method's own numbers, and under ``tune`` what
+            the run told its data owner; empty where a registry of before does not say.
+        code_version: of the program that tuned it; empty likewise.
     """
 
     tenant: str
@@ -93,6 +96,8 @@ class NewSubmission:
     weight: float
     metrics: dict[str, float]
     data_digest: str | None
+    settings: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    code_version: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,25 @@ class Submission(NewSubmission):
 
     round: int
     received: float
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A submission that counted in a round before it had a result, and does not any more.
+
+    Attributes:
+        round: it counted in.
+        tenant: whose it was.
+        digest: of the delta's artefact, which is gone unless something else needs it.
+        reason: why.
+        withdrawn: seconds since 1970, UTC.
+    """
+
+    round: int
+    tenant: str
+    digest: str
+    reason: str
+    withdrawn: float
 
 
 @dataclass(frozen=True)
@@ -147,12 +171,22 @@ def round_of(row: sqlite3.Row) -> Round:
 
 def part_of(row: sqlite3.Row) -> Part:
     """A row of ``parts``."""
-    return Part(**dict(row))
+    values = dict(row)
+    values.pop("start_id", None)
+    return Part(**values)
 
 
 def submission_of(row: sqlite3.Row) -> Submission:
     """A row of ``submissions``."""
-    return Submission(**{**dict(row), "metrics": json.loads(row["metrics"])})
+    values = dict(row)
+    return Submission(
+        **{**values, "metrics": json.loads(row["metrics"]), "settings": json.loads(values.get("settings", "{}"))}
+    )
+
+
+def withdrawal_of(row: sqlite3.Row) -> Withdrawal:
+    """A row of ``withdrawals``."""
+    return Withdrawal(**dict(row))
 
 
 def plug_in_of(row: sqlite3.Row) -> PlugIn:

@@ -130,7 +130,9 @@ class Rounds:
                 )
 
     def _join(self, number: int, name: str) -> None:
-        self._database.execute("INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?)", number, name, self._clock())
+        self._database.execute(
+            "INSERT INTO parts VALUES (?, ?, 'waiting', NULL, 0, ?, NULL)", number, name, self._clock()
+        )
 
     @staticmethod
     def _check_quorum(quorum: int, count: int) -> None:
@@ -140,16 +142,26 @@ class Rounds:
                 f"Set it to between 1 and {count}.",
             )
 
-    def begin_part(self, number: int, tenant: str) -> int:
-        """Records that a data owner's tuning starts; gives how often it has by now."""
+    def begin_part(self, number: int, tenant: str, start_id: str | None = None) -> int:
+        """Records that a data owner's tuning starts; gives how often it has by now.
+
+        Args:
+            number: of the round; one that is not open any more stays as it is.
+            tenant: whose.
+            start_id: of this start: the same one once more, from somebody who got no answer, counts once.
+        """
         with self._database.writing():
-            self._database.execute(
-                "UPDATE parts SET state = 'tuning', reason = NULL, attempts = attempts + 1, changed = ? "
-                "WHERE round = ? AND tenant = ? AND state != 'submitted'",
-                self._clock(),
-                number,
-                tenant,
-            )
+            if self.get(number).state == "open":
+                self._database.execute(
+                    "UPDATE parts SET state = 'tuning', reason = NULL, attempts = attempts + 1, changed = ?, "
+                    "start_id = ? WHERE round = ? AND tenant = ? AND state != 'submitted' "
+                    "AND (start_id IS NULL OR start_id IS NOT ?)",
+                    self._clock(),
+                    start_id,
+                    number,
+                    tenant,
+                    start_id,
+                )
         return self.part(number, tenant).attempts
 
     def end_part(self, number: int, tenant: str, state: PartState, reason: str) -> None:

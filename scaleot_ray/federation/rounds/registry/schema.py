@@ -6,8 +6,8 @@ artefact's folder is named beside its digest, and the folder is the truth about 
 
 from __future__ import annotations
 
-VERSION = 1
-"""Of the tables; a registry of another version is refused."""
+VERSION = 2
+"""Of the tables; a registry of a later version is refused, one of an earlier version is brought up to this one."""
 
 TABLES = """
 CREATE TABLE meta (
@@ -56,6 +56,7 @@ CREATE TABLE parts (
     reason   TEXT,
     attempts INTEGER NOT NULL DEFAULT 0,
     changed  REAL NOT NULL,
+    start_id TEXT,                        -- of the latest start, so that one that is told of twice counts once
     PRIMARY KEY (round, tenant)
 ) STRICT, WITHOUT ROWID;
 
@@ -71,11 +72,22 @@ CREATE TABLE submissions (
     metrics     TEXT NOT NULL,
     data_digest TEXT,                     -- HMAC under the tenant's own key, so that it tells nobody else anything
     received    REAL NOT NULL,
+    settings    TEXT NOT NULL DEFAULT '{}',  -- what it was tuned with
+    code_version TEXT NOT NULL DEFAULT '',   -- of the program that tuned it
     PRIMARY KEY (round, tenant),
     FOREIGN KEY (round, tenant) REFERENCES parts (round, tenant)
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX submissions_by_tenant ON submissions (tenant, digest);
+
+-- What counted in a round before it had a result, and then did not any more.
+CREATE TABLE withdrawals (
+    round     INTEGER NOT NULL REFERENCES rounds (number),
+    tenant    TEXT NOT NULL REFERENCES tenants (name),
+    digest    TEXT NOT NULL,
+    reason    TEXT NOT NULL,
+    withdrawn REAL NOT NULL
+) STRICT;
 
 CREATE TABLE refusals (
     tenant TEXT NOT NULL,                 -- as it called itself: it may be unknown
@@ -113,3 +125,19 @@ CREATE TABLE lineage (
     FOREIGN KEY (round, tenant) REFERENCES submissions (round, tenant)
 ) STRICT, WITHOUT ROWID;
 """
+
+UPGRADES = {
+    1: """
+ALTER TABLE parts ADD COLUMN start_id TEXT;
+ALTER TABLE submissions ADD COLUMN settings TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE submissions ADD COLUMN code_version TEXT NOT NULL DEFAULT '';
+CREATE TABLE withdrawals (
+    round     INTEGER NOT NULL REFERENCES rounds (number),
+    tenant    TEXT NOT NULL REFERENCES tenants (name),
+    digest    TEXT NOT NULL,
+    reason    TEXT NOT NULL,
+    withdrawn REAL NOT NULL
+) STRICT;
+""",
+}
+"""By version: what makes the next one of it."""

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.federation.rounds.registry.database import Database
-from scaleot_ray.federation.rounds.registry.records import NewSubmission, Submission, submission_of
+from scaleot_ray.federation.rounds.registry.records import (
+    NewSubmission,
+    Submission,
+    Withdrawal,
+    submission_of,
+    withdrawal_of,
+)
 from scaleot_ray.federation.rounds.registry.rounds import Rounds
 
 
@@ -78,7 +84,7 @@ class Submissions:
             current, now = self._rounds.current(), self._clock()
             assert current is not None  # find has seen it
             self._database.execute(
-                "INSERT INTO submissions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO submissions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 current.number,
                 new.tenant,
                 new.tuned_round,
@@ -90,6 +96,8 @@ class Submissions:
                 json.dumps(new.metrics),
                 new.data_digest,
                 now,
+                json.dumps(new.settings),
+                new.code_version,
             )
             self._database.execute(
                 "UPDATE parts SET state = 'submitted', reason = NULL, changed = ? WHERE round = ? AND tenant = ?",
@@ -98,6 +106,38 @@ class Submissions:
                 new.tenant,
             )
         return next(one for one in self._alike(new.tenant, new.digest) if one.round == current.number)
+
+    def withdraw(self, one: Submission, reason: str) -> Withdrawal:
+        """Takes a submission out of a round that has no result yet; its data owner may submit another there.
+
+        Raises:
+            ConfigError: the round is finished, so plug-ins were made from it.
+        """
+        with self._database.writing():
+            if self._rounds.get(one.round).state == "finished":
+                raise ConfigError(f"Round {one.round} is finished.", "Revoke the data owner instead.")
+            key, now = (one.round, one.tenant), self._clock()
+            self._database.execute("DELETE FROM submissions WHERE round = ? AND tenant = ?", *key)
+            self._database.execute(
+                "UPDATE parts SET state = 'failed', reason = ?, changed = ? WHERE round = ? AND tenant = ?",
+                reason,
+                now,
+                *key,
+            )
+            self._database.execute("INSERT INTO withdrawals VALUES (?, ?, ?, ?, ?)", *key, one.digest, reason, now)
+        return Withdrawal(one.round, one.tenant, one.digest, reason, now)
+
+    def withdrawals(self) -> list[Withdrawal]:
+        """What was taken out of rounds, oldest first."""
+        return [withdrawal_of(row) for row in self._database.rows("SELECT * FROM withdrawals ORDER BY rowid")]
+
+    def reweigh(self, number: int, weights: Mapping[str, float]) -> None:
+        """Gives the submissions of a round that has no result yet the weights that the settings say by now."""
+        with self._database.writing():
+            for tenant, weight in weights.items():
+                self._database.execute(
+                    "UPDATE submissions SET weight = ? WHERE round = ? AND tenant = ?", weight, number, tenant
+                )
 
     def of_round(self, number: int) -> list[Submission]:
         """What counts in a round, by data owner."""

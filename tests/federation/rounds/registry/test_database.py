@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +80,35 @@ def test_another_file_is_no_registry(tmp_path: Path, content: bytes) -> None:
         with pytest.raises(ConfigError, match=r"r\.sqlite: is no registry"):
             Registry(path)
         assert path.read_bytes() == content
+
+
+def as_version_1(path: Path) -> None:
+    """Makes of a registry what the version before would have written."""
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "ALTER TABLE parts DROP COLUMN start_id; ALTER TABLE submissions DROP COLUMN settings;"
+        "ALTER TABLE submissions DROP COLUMN code_version; DROP TABLE withdrawals;"
+        "UPDATE meta SET value = '1' WHERE key = 'version';"
+    )
+    connection.close()
+
+
+def test_an_earlier_version_is_read_and_then_brought_up_to_this_one(tmp_path: Path) -> None:
+    path = tmp_path / "r.sqlite"
+    with filled(path) as registry:
+        registry.rounds.open(EMULATOR.digest(), ["ann", "ben"], 1)
+        first = registry.submissions.add(delta_of("ann"))
+    as_version_1(path)
+    with Registry(path, write=False) as registry:
+        assert registry.submissions.of_round(1) == [first]
+        assert [part.state for part in registry.rounds.parts(1)] == ["submitted", "waiting"]
+    with Registry(path) as registry:
+        assert registry.submissions.of_round(1) == [first]
+        second = registry.submissions.add(replace(delta_of("ben"), settings={"method": "lora"}, code_version="0.1"))
+        assert registry.submissions.of_round(1) == [first, second]
+        assert registry.submissions.withdraw(second, "so") in registry.submissions.withdrawals()
+    with Registry(path):  # once is enough
+        pass
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

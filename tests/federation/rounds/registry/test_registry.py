@@ -95,6 +95,16 @@ def test_attempts_are_counted_until_one_submits(registry: Registry) -> None:
         registry.rounds.part(number, "zoe")
 
 
+def test_a_start_that_is_told_of_twice_counts_once(registry: Registry) -> None:
+    number = open_round(registry, 1)
+    begin = registry.rounds.begin_part
+    assert [begin(number, "ann", start) for start in ("one", "one", "two", "two")] == [1, 1, 2, 2]
+    registry.submissions.add(delta_of("ben"))
+    registry.rounds.close(number)
+    assert begin(number, "ann", "three") == 2  # too late to make it one that tunes
+    assert registry.rounds.part(number, "ann").state == "missing"
+
+
 # Submissions
 
 
@@ -170,6 +180,22 @@ def test_a_late_one_counts_in_the_next_round_if_it_may(registry: Registry) -> No
     assert (found.round, found.tuned_round) == (2, 1)
     assert registry.rounds.part(2, "cas").state == "submitted"
     assert registry.submissions.of_tenant("cas") == [found]
+
+
+def test_a_withdrawn_submission_makes_room_for_another(registry: Registry) -> None:
+    number = open_round(registry, 1)
+    first = registry.submissions.add(delta_of("ann", digest="a" * 64))
+    assert registry.submissions.withdraw(first, "it does not fit").digest == "a" * 64
+    part = registry.rounds.part(number, "ann")
+    assert (part.state, part.reason, registry.submissions.of_round(number)) == ("failed", "it does not fit", [])
+    second = registry.submissions.add(delta_of("ann", digest="b" * 64))
+    registry.rounds.close(number)
+    registry.plug_ins.finish_round(number, [])
+    with pytest.raises(ConfigError, match="Round 1 is finished"):
+        registry.submissions.withdraw(second, "so")
+    assert [(one.round, one.tenant, one.reason) for one in registry.submissions.withdrawals()] == [
+        (1, "ann", "it does not fit")
+    ]
 
 
 # Data owners
