@@ -68,6 +68,7 @@ class Phases:
             {tenant.name: tenant.weight for tenant in settings.tenants},
             {tenant.name: tenant.metric for tenant in self.state.tenants} if settings.evaluator else {},
             settings.artifacts,
+            tunes={tenant.name: settings.tune_of(tenant) for tenant in settings.tenants},
         )
         name = f"coordinator-{hashlib.sha256(str(folder.path).encode()).hexdigest()[:16]}"
         self.state.actors.start_coordinator(charge, name)

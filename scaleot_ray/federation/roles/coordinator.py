@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog, data_owner, evaluator
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
-from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.table import TenantTable
@@ -61,6 +61,7 @@ class Charge:
         metrics: by data owner whose evaluator the settings declare: what its table is measured by.
         artifacts: folder or URI that deltas and aggregates are kept in; None: where they were so far.
         lease_seconds: a coordinator that no driver has asked for so long ends itself; it outlives the driver's job.
+        tunes: how each data owner tunes.
     """
 
     folder: str
@@ -71,6 +72,7 @@ class Charge:
     metrics: dict[str, str]
     artifacts: str | None = None
     lease_seconds: float = 60.0
+    tunes: dict[str, TuneSettings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ class Coordinator(Role):
 
     def begin_round(self, tenants: list[str]) -> Opened | None:
         """The round to work on; None after the last. See :meth:`RoundKeeper.begin`."""
+        for one in self._keeper.withdraw_misfits():
+            self._events.withdrawn(one)
         found = self._keeper.begin(tenants)
         if found is None:
             return None
@@ -181,9 +185,9 @@ class Coordinator(Role):
         self._events.round_begins(found, opened.submitted)
         return opened
 
-    def begin_part(self, number: int, tenant: str) -> int:
-        """Records that a data owner's tuning starts."""
-        attempt = self._keeper.begin_part(number, tenant)
+    def begin_part(self, number: int, tenant: str, start_id: str | None = None) -> int:
+        """Records that a data owner's tuning starts; with the same id once more, nothing new."""
+        attempt = self._keeper.begin_part(number, tenant, start_id)
         self._events.tuning_starts(tenant, number, attempt)
         return attempt
 
@@ -327,6 +331,7 @@ class Coordinator(Role):
             charge.aggregation,
             charge.weights,
             artifacts,
+            charge.tunes,
         )
 
     def _share(self, artifact: Artifact) -> None:

@@ -10,7 +10,7 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.federation.roles.metrics import RunMetrics
 from scaleot_ray.federation.roles.run_log import RunLog
 from scaleot_ray.federation.rounds.administration import Request
-from scaleot_ray.federation.rounds.registry import Round, Submission
+from scaleot_ray.federation.rounds.registry import Round, Submission, Withdrawal
 
 
 class Events:
@@ -61,6 +61,10 @@ class Events:
         what = f"submitted {found.digest[:16]}{late} ({found.bytes} bytes, norm {found.norm:.4g})"
         self._log.info(what, round=found.round, tenant=found.tenant)
         self.metrics.round_is(current, there)
+
+    def withdrawn(self, one: Withdrawal) -> None:
+        """What a data owner submitted before does not count any more."""
+        self._log.warning(one.reason, round=one.round, tenant=one.tenant)
 
     def refused(self, tenant: str, number: int, reason: str) -> None:
         """A submission was refused."""

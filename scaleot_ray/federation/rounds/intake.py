@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import TypeVar
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.crossing import cross
-from scaleot_ray.artifacts.manifest import Kind, Manifest, MetricsContent
+from scaleot_ray.artifacts.gate import check_crossing
+from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
 from scaleot_ray.config import RoundSettings
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.federation.rounds.aggregates import start_of
 from scaleot_ray.federation.rounds.artifact_store import ArtifactStore
+from scaleot_ray.federation.rounds.fit import REMEDY, Fit, check_size
 from scaleot_ray.federation.rounds.registry import NewSubmission, Registry, Submission
 from scaleot_ray.plugin.aggregation import contributions
 
@@ -54,6 +57,7 @@ class Intake:
         audit: log of what crosses.
         rounds: section of the run's settings.
         weights: of the data owners in the aggregate, by name; 1 for those that are not in it.
+        fit: knows what deltas must be like.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Intake:
         audit: AuditLog,
         rounds: RoundSettings,
         weights: Mapping[str, float],
+        fit: Fit,
     ) -> None:
         self._emulator, self._registry, self._store, self._audit = emulator, registry, store, audit
-        self._rounds, self._weights = rounds, dict(weights)
+        self._rounds, self._weights, self._fit = rounds, dict(weights), fit
         self._refused: dict[str, int] = {}
 
     def take(self, sent: Sent) -> Submission:
@@ -77,7 +82,8 @@ class Intake:
 
         Raises:
             ArtifactRefused: the data owner is not admitted or its token is wrong, one of the artefacts is not
-                what it says or not what may cross, or no round takes it; audit log and registry say so too.
+                what it says or not what may cross, the delta was not tuned as the run's settings say or is longer
+                than they let in, or no round takes it; audit log and registry say so too.
             ResourcesMissing: the store does not answer, or has no room; nothing counts then.
         """
         if self._refused.get(sent.tenant, 0) >= REFUSALS_READ:
@@ -95,36 +101,61 @@ class Intake:
             )
             if before is not None:
                 return before
-            cross(delta, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self._emulator, start=began)
-            metrics = self._read(sent.tenant, "metrics", sent.metrics)
-            cross(metrics, data_owner(sent.tenant), MODEL_OWNER, self._audit, parent=self._emulator)
-        assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
+            self._recording(sent.tenant, lambda: self._check(sent.tenant, delta, began), delta)
+        norm, values = self._keep(sent, delta, began)
+        assert isinstance(delta.manifest.content, DeltaContent)  # Manifest ties content to kind
         new = NewSubmission(
             tenant=sent.tenant,
             tuned_round=sent.round,
             digest=delta.digest,
             folder=self._store.place(delta.digest),
             bytes=delta.nbytes,
-            norm=self._keep(sent.tenant, delta, began),
+            norm=norm,
             weight=self._weights.get(sent.tenant, 1.0),
-            metrics=dict(metrics.manifest.content.values),
+            metrics=values,
             data_digest=sent.data_digest,
+            settings=self._fit.tuned_with(sent.tenant, delta.manifest.content),
+            code_version=delta.manifest.library_version,
         )
         return self._registry.submissions.add(new, self._rounds.staleness)
 
-    def _keep(self, tenant: str, delta: Artifact, began: str | None) -> float:
-        """Puts a delta into the store, unless its change is too long; gives its norm."""
+    def _check(self, tenant: str, delta: Artifact, began: str | None) -> None:
+        """Refuses what the gate does not let pass, and what does not fit what others send in this run."""
+        check_crossing(delta, parent=self._emulator, start=began)
+        assert isinstance(delta.manifest.content, DeltaContent)  # Manifest ties content to kind
+        problem = self._fit.problem(tenant, delta.manifest.content)
+        if problem is not None:
+            raise ArtifactRefused(f"the delta does not fit: {problem}.", REMEDY)
+        check_size(delta)
+
+    def _keep(self, sent: Sent, delta: Artifact, began: str | None) -> tuple[float, dict[str, float]]:
+        """Puts a delta into the store, unless its change is too long; gives its norm, and the metrics beside it."""
+        tenant = sent.tenant
         # Outside of what is counted: that the store is damaged is no fault of the sender.
-        start, longest = self._store.fetch(began) if began is not None else None, self._rounds.max_norm
+        start = self._store.fetch(began) if began is not None else None
         with self._store.adding(delta) as place:
             norm = contributions([(tenant, place, 1.0)], start)[0].norm()
-            if longest is not None and norm > longest:
-                with self._counting_refusals(tenant):
-                    raise ArtifactRefused(
-                        f"the delta's norm is {norm:.4g}, above rounds.max_norm={longest:g}.",
-                        "Lower tune.learning_rate or tune.steps, or raise rounds.max_norm.",
-                    )
-        return norm
+            with self._counting_refusals(tenant):
+                self._recording(tenant, lambda: self._check_norm(norm), delta)
+                # Only now is it certain that it is let in.
+                self._audit.record(data_owner(tenant), MODEL_OWNER, "delta", delta.nbytes, delta.digest)
+                metrics = self._read(tenant, "metrics", sent.metrics)
+                cross(metrics, data_owner(tenant), MODEL_OWNER, self._audit, parent=self._emulator)
+        assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
+        return norm, dict(metrics.manifest.content.values)
+
+    def _check_norm(self, norm: float) -> None:
+        longest = self._rounds.max_norm
+        if not math.isfinite(norm):
+            raise ArtifactRefused(
+                f"the delta's norm is {norm}, so nothing can be made of it.",
+                "Lower tune.learning_rate, and tune again.",
+            )
+        if longest is not None and norm > longest:
+            raise ArtifactRefused(
+                f"the delta's norm is {norm:.4g}, above rounds.max_norm={longest:g}.",
+                "Lower tune.learning_rate or tune.steps, or raise rounds.max_norm.",
+            )
 
     def _read(self, tenant: str, kind: Kind, read: Callable[[], Artifact]) -> Artifact:
         """What a data owner sent, if it is of that kind."""

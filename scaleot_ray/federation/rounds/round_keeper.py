@@ -16,11 +16,13 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.delta_gate import ANY_START
-from scaleot_ray.artifacts.manifest import Manifest
+from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
 from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
+from scaleot_ray.errors import ConfigError
 from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
 from scaleot_ray.federation.rounds.artifact_location import Location, open_store
+from scaleot_ray.federation.rounds.fit import Fit
 from scaleot_ray.federation.rounds.intake import Intake, Sent
 from scaleot_ray.federation.rounds.registry import (
     AGGREGATE,
@@ -30,6 +32,7 @@ from scaleot_ray.federation.rounds.registry import (
     Round,
     Submission,
     TenantState,
+    Withdrawal,
 )
 
 
@@ -45,6 +48,7 @@ class RoundKeeper:
         rounds, aggregation: sections of the run's settings.
         weights: of the data owners in the aggregate, by name; 1 for those that are not in it.
         artifacts: where deltas and aggregates are kept; default: where they have been so far, at first ``folder``.
+        tunes: how each data owner of the run tunes, by name; default: nobody is known to tune otherwise than usual.
 
     Raises:
         ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.rounds.registry.Registry` and
@@ -62,6 +66,7 @@ class RoundKeeper:
         aggregation: AggregationSettings | None,
         weights: Mapping[str, float],
         artifacts: Location | None = None,
+        tunes: Mapping[str, TuneSettings] | None = None,
     ) -> None:
         self.emulator, self.rounds, self.aggregation = emulator, rounds, aggregation
         self._audit, own = audit, emulator.digest()[:16]
@@ -73,7 +78,8 @@ class RoundKeeper:
             self.registry.close()
             raise
         self._aggregates = Aggregates(emulator, self.registry, self._store)
-        self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights)
+        self._weights, self._fit = dict(weights), Fit(emulator, tunes or {})
+        self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights, self._fit)
 
     def __enter__(self) -> RoundKeeper:
         return self
@@ -99,8 +105,10 @@ class RoundKeeper:
             names: data owners of the run; who is not admitted (any more) does not take part.
 
         Raises:
-            ConfigError: nobody is left to take part, or fewer than the quorum.
+            ConfigError: nobody is left to take part, or fewer than the quorum; or the round begins with an aggregate
+                that this run's settings do not fit.
         """
+        self.withdraw_misfits()
         rounds = self.registry.rounds
         current, past = rounds.current(), rounds.all()
         deadline = time.time() + self.rounds.deadline if self.rounds.deadline is not None else None
@@ -113,12 +121,55 @@ class RoundKeeper:
             self.end(current.number)
             return self.begin(names)
         elif past and past[-1].state in ("open", "failed"):
+            self._check_start(past[-1].number, past[-1].start, taking)
             return rounds.reopen(past[-1].number, taking, quorum, deadline)
         elif len(self._aggregates.rounds()) >= self.rounds.count:
             return None
         start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
         digest = start.digest if start is not None else None
+        self._check_start(len(past) + 1, digest, taking)
         return rounds.open(self.emulator.digest(), taking, quorum, digest, deadline)
+
+    def withdraw_misfits(self) -> list[Withdrawal]:
+        """Takes out of a round that has no result yet what was not tuned as this run's settings say.
+
+        Between two runs the settings may have changed: of deltas of another method or rank nothing can be made
+        together with those that are still to come. Their data owners tune again. Weights are this run's too.
+
+        Raises:
+            ArtifactRefused, ResourcesMissing: one that counts cannot be read.
+        """
+        latest = next(reversed(self.registry.rounds.all()), None)
+        if self.aggregation is None or latest is None or latest.state == "finished":
+            return []
+        self.registry.submissions.reweigh(latest.number, self._weights)
+        found = []
+        for one in self._counted(latest.number):
+            content = self._store.manifest(one.digest).content
+            assert isinstance(content, DeltaContent)  # Manifest ties content to kind
+            problem = self._fit.problem(one.tenant, content)
+            if problem is not None:
+                reason = f"its delta does not count any more: {problem}"
+                found.append(self.registry.submissions.withdraw(one, reason))
+        used = in_use(self.registry, self.rounds.staleness)
+        for digest in {one.digest for one in found} - used:
+            self._store.remove(digest)
+        return found
+
+    def _check_start(self, number: int, start: str | None, names: Sequence[str]) -> None:
+        """Whether the data owners can begin a round with what it begins with."""
+        if start is None:
+            return
+        content = self._store.manifest(start).content
+        assert isinstance(content, DeltaContent)  # Manifest ties content to kind
+        for name in names:
+            problem = self._fit.problem(name, content)
+            if problem is not None:
+                raise ConfigError(
+                    f"tune: round {number} begins with the aggregate of the rounds before, which {name} cannot go on "
+                    f"with: {problem}.",
+                    "Set it back to what the rounds before were tuned with, or begin a new run in another output.",
+                )
 
     def is_last(self, number: int) -> bool:
         """Whether no round follows this one in the run; without an aggregate, none ever does."""
@@ -138,9 +189,9 @@ class RoundKeeper:
         digest = self.registry.rounds.get(number).start
         return self._on_its_way(digest, data_owner(recipient)) if digest is not None else None
 
-    def begin_part(self, number: int, tenant: str) -> int:
-        """Records that a data owner's tuning starts; gives how often it has in this round."""
-        return self.registry.rounds.begin_part(number, tenant)
+    def begin_part(self, number: int, tenant: str, start_id: str | None = None) -> int:
+        """Records that a data owner's tuning starts; see :meth:`~.registry.rounds.Rounds.begin_part`."""
+        return self.registry.rounds.begin_part(number, tenant, start_id)
 
     def leave_out(self, number: int, tenant: str, reason: str) -> None:
         """Records that nothing is to be expected of a data owner in a round any more, and why."""
@@ -154,21 +205,30 @@ class RoundKeeper:
         """Closes a round and makes its plug-ins, unless it stays below its quorum; again, it changes nothing.
 
         Raises:
-            ConfigError, ArtifactRefused: as :func:`~scaleot_ray.plugin.aggregation.aggregate`.
+            ConfigError: as :func:`~scaleot_ray.plugin.aggregation.aggregate`; the round has failed then, so that
+                with other settings, or with more data owners, it goes on.
+            ArtifactRefused: a delta that counts is damaged.
         """
         current = self.registry.rounds.close(number)
         if current.state == "closed":
-            revoked = {one.name for one in self.registry.tenants.all() if one.state == "revoked"}
-            counted = [one for one in self.registry.submissions.of_round(number) if one.tenant not in revoked]
+            counted = self._counted(number)
             if len(counted) < current.quorum:  # someone was revoked who had submitted
                 self.registry.rounds.fail(number, f"{len(counted)} of the {current.quorum} submissions of its quorum")
                 return self.registry.rounds.get(number)
-            results = [NewPlugIn(one.tenant, one.digest, one.folder, {}, [one]) for one in counted]
+            results = [NewPlugIn(one.tenant, one.digest, one.folder, one.settings, [one]) for one in counted]
             if self.aggregation is not None:
-                results.append(self._aggregates.make(number, counted, self.aggregation))
+                try:
+                    results.append(self._aggregates.make(number, counted, self.aggregation))
+                except ConfigError as error:
+                    self.registry.rounds.fail(number, error.problem)
+                    raise
             self.registry.plug_ins.finish_round(number, results)
             self._store.release({one.digest for one in results})
         return self.registry.rounds.get(number)
+
+    def _counted(self, number: int) -> list[Submission]:
+        revoked = {one.name for one in self.registry.tenants.all() if one.state == "revoked"}
+        return [one for one in self.registry.submissions.of_round(number) if one.tenant not in revoked]
 
     def set_state(self, tenant: str, state: TenantState, reason: str) -> None:
         """Pauses or cancels a data owner, or lets one that was paused take part again.

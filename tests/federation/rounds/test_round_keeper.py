@@ -306,6 +306,8 @@ def test_too_long_a_delta_is_refused_and_not_kept(bench: Bench) -> None:
         bench.send("ann", number, 1.0)
     assert not list(bench.folder.glob("c/*/deltas/*"))
     bench.send("ann", number, 1e-4)
+    lines = [(line["kind"], line["decision"], line["reason"] is not None) for line in bench.audit.read()]
+    assert lines == [("delta", "refused", True), ("delta", "sent", False), ("metrics", "sent", False)]
 
 
 def test_who_it_is_from_is_checked_before_anything_is_read(bench: Bench) -> None:

@@ -9,9 +9,11 @@ import torch
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import AuditLog
-from scaleot_ray.artifacts.manifest import MetricsContent
+from scaleot_ray.artifacts.delta_gate import expected_tensors
+from scaleot_ray.artifacts.manifest import DeltaContent, MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.config import AggregationSettings, RoundSettings
+from scaleot_ray.artifacts.tensor_roles import family_named
+from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.rounds.administration import note_registry
 from scaleot_ray.federation.rounds.artifact_location import Location
@@ -19,6 +21,7 @@ from scaleot_ray.federation.rounds.intake import Sent
 from scaleot_ray.federation.rounds.round_keeper import RoundKeeper
 from scaleot_ray.stages.build import build
 from scaleot_ray.tuning.delta import Delta
+from scaleot_ray.tuning.lora import LowRank
 from tests.tiny_run import write_tiny_run
 
 
@@ -51,6 +54,15 @@ class TinyDeltas:
             if name.startswith(prefixes)
         }
         return Delta("layers", self.positions, {}, tensors).to_artifact(self.emulator.manifest, start)
+
+    def low_rank(self, value: float, rank: int = 2, alpha: float = 2.0, start: str | None = None) -> Artifact:
+        """A delta of method ``lora`` whose factors are ``value`` everywhere."""
+        family = family_named(self.emulator.manifest)
+        settings = {**LowRank.settings(TuneSettings(lora_rank=rank), family), "alpha": alpha}
+        content = DeltaContent(method="lora", positions=list(self.positions), settings=settings)
+        shapes = expected_tensors(content, self.emulator.manifest, family)
+        tensors = {name: torch.full(shape, value) for name, shape in shapes.items()}
+        return Delta("lora", self.positions, settings, tensors).to_artifact(self.emulator.manifest, start)
 
     def metrics(self, value: float = 2.0) -> Artifact:
         """Numbers beside a delta."""
