@@ -25,6 +25,8 @@ Decision = Literal["sent", "received", "refused"]
 MODEL_OWNER = "model owner"
 DATA_OWNERS = "data owners"
 """Whoever the model owner hands an emulator's folder to."""
+UNKNOWN_SENDER = "unknown sender"
+"""Whoever sends something in a name that it cannot show to be its own."""
 
 _LOG = logging.getLogger(__name__)
 _KEYS = {"time", "sender", "recipient", "kind", "bytes", "digest", "decision", "reason"}

@@ -38,8 +38,9 @@ from scaleot_ray.federation.roles.role import Role
 from scaleot_ray.federation.roles.table_gate import unpack_table
 from scaleot_ray.federation.rounds.administration import Request, carry_out
 from scaleot_ray.federation.rounds.artifact_location import Location
-from scaleot_ray.federation.rounds.intake import Sent
-from scaleot_ray.federation.rounds.registry import PlugIn, Round
+from scaleot_ray.federation.rounds.intake import Sent, round_number
+from scaleot_ray.federation.rounds.refusals import NotRead
+from scaleot_ray.federation.rounds.registry import PlugIn, Round, UnknownSender
 from scaleot_ray.federation.rounds.round_keeper import RoundKeeper
 from scaleot_ray.progress import Progress
 from scaleot_ray.stages.record import write_record
@@ -222,8 +223,13 @@ class Coordinator(Role):
         sent = Sent(tenant, token, number, lambda: from_shared(delta), lambda: from_shared(metrics), data_digest)
         try:
             taken = self._keeper.take(sent)
+        except NotRead:
+            raise
+        except UnknownSender as error:
+            self._events.refused(None, None, error.problem)
+            raise
         except ArtifactRefused as error:
-            self._events.refused(tenant, number, error.problem)
+            self._events.refused(tenant, round_number(number), error.problem)
             raise
         current = self._keeper.registry.rounds.get(taken.round)
         self._events.submitted(taken, current, sum(self._keeper.taking_part(taken.round).values()))

@@ -66,8 +66,8 @@ class Events:
         """What a data owner submitted before does not count any more."""
         self._log.warning(one.reason, round=one.round, tenant=one.tenant)
 
-    def refused(self, tenant: str, number: int, reason: str) -> None:
-        """A submission was refused."""
+    def refused(self, tenant: str | None, number: int | None, reason: str) -> None:
+        """A submission was refused; without a name where it did not show whose it is."""
         self._log.warning(f"refused: {reason}", round=number, tenant=tenant)
 
     def round_ends(self, found: Round, submitted: Mapping[str, bool]) -> None:

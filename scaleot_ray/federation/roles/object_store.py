@@ -50,8 +50,10 @@ def from_shared(shared: Shared) -> Artifact:
     :meth:`Artifact.verify` or the gate before use.
 
     Raises:
-        ArtifactRefused: the manifest is no manifest, or an array is not as long as its tensor; names it.
+        ArtifactRefused: it has another form than :func:`to_shared` gives, the manifest is no manifest, or an array
+            is not as long as its tensor; names it.
     """
+    _check_form(shared)
     manifest = parse_manifest(shared["manifest"])
     tensors = {}
     for name, array in shared["tensors"].items():
@@ -65,6 +67,24 @@ def from_shared(shared: Shared) -> Artifact:
                 )
             tensors[name] = tensors[name].view(DTYPES[entry.dtype]).view(entry.shape)
     return Artifact(manifest, tensors, dict(shared["files"]))
+
+
+def _check_form(shared: object) -> None:
+    """Refuses what is no artefact at all: whoever sends it may send anything."""
+    remedy = "Send the artefact again as scaleot_ray made it."
+    if not isinstance(shared, dict) or shared.keys() != Shared.__annotations__.keys():
+        raise ArtifactRefused("what came is no artefact: manifest, tensors and files.", remedy)
+    if not isinstance(shared["manifest"], bytes):
+        raise ArtifactRefused("the manifest that came is no bytes.", remedy)
+    for key, kind in (("tensors", np.ndarray), ("files", bytes)):
+        if not isinstance(shared[key], dict):
+            raise ArtifactRefused(f"the {key} that came have no names.", remedy)
+        for name, value in shared[key].items():
+            if not isinstance(name, str) or not isinstance(value, kind):
+                raise ArtifactRefused(f"one of the {key} that came is no {kind.__name__} with a name.", remedy)
+    for array in shared["tensors"].values():
+        if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous:
+            raise ArtifactRefused("one of the tensors that came is no plain row of bytes.", remedy)
 
 
 def check_unchanged(artifact: Artifact, reader: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+_LINE_LIMIT = 4000
 _FORMAT = "%(asctime)sZ %(levelname)s %(message)s"
 
 
@@ -40,4 +41,6 @@ class RunLog:
 
 def _line(what: str, round: int | None, tenant: str | None) -> str:
     keys = [f"{key}={value}" for key, value in (("round", round), ("tenant", tenant)) if value is not None]
-    return " ".join([*keys, " ".join(what.split())])  # one line, whatever an error says
+    line = " ".join([*keys, " ".join(what.split())])
+    # One line of readable text, whatever an error quotes.
+    return "".join(character if character.isprintable() else "?" for character in line[:_LINE_LIMIT])

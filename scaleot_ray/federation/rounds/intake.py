@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from scaleot_ray.artifacts.artifact import Artifact
-from scaleot_ray.artifacts.audit import MODEL_OWNER, AuditLog, data_owner
+from scaleot_ray.artifacts.audit import MODEL_OWNER, UNKNOWN_SENDER, AuditLog, data_owner
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
@@ -18,13 +18,12 @@ from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.federation.rounds.aggregates import start_of
 from scaleot_ray.federation.rounds.artifact_store import ArtifactStore
 from scaleot_ray.federation.rounds.fit import REMEDY, Fit, check_size
-from scaleot_ray.federation.rounds.registry import NewSubmission, Registry, Submission
+from scaleot_ray.federation.rounds.refusals import NotRead, Refusals
+from scaleot_ray.federation.rounds.registry import NewSubmission, Registry, Submission, UnknownSender
 from scaleot_ray.plugin.aggregation import contributions
 
-REFUSALS_READ = 100
-"""Refused submissions of one sender, after which nothing more of it is looked at: checking costs time."""
-
 _Found = TypeVar("_Found")
+_DATA_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Intake:
     ) -> None:
         self._emulator, self._registry, self._store, self._audit = emulator, registry, store, audit
         self._rounds, self._weights, self._fit = rounds, dict(weights), fit
-        self._refused: dict[str, int] = {}
+        self._refusals = Refusals(registry)
 
     def take(self, sent: Sent) -> Submission:
         """Takes what a data owner sends through the gate into the registry; sent twice, it counts once.
@@ -86,14 +85,10 @@ class Intake:
                 than they let in, or no round takes it; audit log and registry say so too.
             ResourcesMissing: the store does not answer, or has no room; nothing counts then.
         """
-        if self._refused.get(sent.tenant, 0) >= REFUSALS_READ:
-            raise ArtifactRefused(
-                f"{REFUSALS_READ} submissions of {sent.tenant!r} were refused; no more of them are looked at.",
-                "Begin the run again once its data owner sends what `tune` wrote.",
-            )
-        began = start_of(self._registry, sent.round)
-        with self._counting_refusals(sent.tenant):
-            self._recording(sent.tenant, lambda: self._registry.tenants.check_sender(sent.tenant, sent.token))
+        self._check_sender(sent)
+        with self._refusals.counting(sent.tenant):
+            self._recording(sent.tenant, lambda: _check_form(sent))
+            began = start_of(self._registry, sent.round)
             delta = self._read(sent.tenant, "delta", sent.delta)
             find = self._registry.submissions.find
             before = self._recording(
@@ -119,6 +114,30 @@ class Intake:
         )
         return self._registry.submissions.add(new, self._rounds.staleness)
 
+    def _check_sender(self, sent: Sent) -> None:
+        """Refuses what does not show who it is from, and what is from somebody of whom enough was refused.
+
+        Whoever cannot show it is counted under no name: else anybody could use up somebody else's refusals.
+        """
+        tenants, unknown = self._registry.tenants, None
+        try:
+            tenants.authenticate(sent.tenant, sent.token)
+        except UnknownSender as error:
+            unknown = error
+        sender = sent.tenant if unknown is None else None
+        try:
+            self._refusals.check(sender)
+            with self._refusals.counting(sender):
+                if unknown is not None:
+                    raise unknown
+                tenants.check_active(sent.tenant)
+        except NotRead:
+            raise  # however many come, the log stays small
+        except ArtifactRefused as error:
+            party = data_owner(sender) if sender is not None else UNKNOWN_SENDER
+            self._audit.record(party, MODEL_OWNER, "delta", 0, "", decision="refused", reason=error.problem)
+            raise
+
     def _check(self, tenant: str, delta: Artifact, began: str | None) -> None:
         """Refuses what the gate does not let pass, and what does not fit what others send in this run."""
         check_crossing(delta, parent=self._emulator, start=began)
@@ -135,7 +154,7 @@ class Intake:
         start = self._store.fetch(began) if began is not None else None
         with self._store.adding(delta) as place:
             norm = contributions([(tenant, place, 1.0)], start)[0].norm()
-            with self._counting_refusals(tenant):
+            with self._refusals.counting(tenant):
                 self._recording(tenant, lambda: self._check_norm(norm), delta)
                 # Only now is it certain that it is let in.
                 self._audit.record(data_owner(tenant), MODEL_OWNER, "delta", delta.nbytes, delta.digest)
@@ -184,12 +203,22 @@ class Intake:
             )
             raise
 
-    @contextmanager
-    def _counting_refusals(self, tenant: str) -> Iterator[None]:
-        """Has the registry know of what is refused in here."""
-        try:
-            yield
-        except ArtifactRefused as error:
-            self._refused[tenant] = self._refused.get(tenant, 0) + 1
-            self._registry.tenants.refuse(tenant, error.problem)
-            raise
+    def write_refusals(self) -> None:
+        """Has the registry know how often something was refused unread, which is not written each time."""
+        self._refusals.write()
+
+
+def round_number(found: object) -> int | None:
+    """What may be the number of a round; whoever sends one may send anything."""
+    return found if type(found) is int and 0 < found < 1 << 31 else None
+
+
+def _check_form(sent: Sent) -> None:
+    """Refuses what no `tune` sends: it would be in the registry, or break it."""
+    remedy = "Send what `tune` wrote."
+    if round_number(sent.round) is None:
+        raise ArtifactRefused("the round it was tuned in is no number of a round.", remedy)
+    if sent.data_digest is not None and not (
+        isinstance(sent.data_digest, str) and _DATA_DIGEST.fullmatch(sent.data_digest)
+    ):
+        raise ArtifactRefused("the digest of its data is none: an HMAC-SHA-256 has 64 hexadecimal digits.", remedy)

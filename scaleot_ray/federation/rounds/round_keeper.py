@@ -209,6 +209,7 @@ class RoundKeeper:
                 with other settings, or with more data owners, it goes on.
             ArtifactRefused: a delta that counts is damaged.
         """
+        self._intake.write_refusals()
         current = self.registry.rounds.close(number)
         if current.state == "closed":
             counted = self._counted(number)

@@ -52,13 +52,18 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
                     "state": one.state,
                     "reason": one.reason,
                     "submissions": len(registry.submissions.of_tenant(one.name)),
-                    "refusals": [{"reason": why, "count": count} for why, count in registry.tenants.refusals(one.name)],
+                    "refusals": _refusals(registry, one.name),
                     "plug_in": _plug_in(registry.plug_ins.in_force(one.name)),
                 }
                 for one in registry.tenants.all()
             ],
+            "refusals": _refusals(registry, None),
             "aggregate": _plug_in(registry.plug_ins.in_force(AGGREGATE)),
         }
+
+
+def _refusals(registry: Registry, sender: str | None) -> list[dict[str, Any]]:
+    return [{"reason": why, "count": count} for why, count in registry.tenants.refusals(sender)]
 
 
 def _plug_in(found: PlugIn | None) -> dict[str, Any] | None:

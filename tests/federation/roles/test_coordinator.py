@@ -260,7 +260,7 @@ def test_the_log_says_what_happened_when_to_whom(coordinator: Any, parts: Parts,
         "INFO round=1 begins with 1 data owners, quorum 1",
         "INFO round=1 tenant=alice tuning starts (attempt 1)",
     ]
-    assert said[4].startswith("WARNING round=1 tenant=alice refused: ")
+    assert said[4] == "WARNING refused: it does not carry the token of alice."
     assert said[5].startswith(f"INFO round=1 tenant=alice submitted {parts.delta.digest[:16]} ({parts.delta.nbytes} by")
     assert said[6] == "WARNING the coordinator's process had died; it goes on from the registry"
     assert said[7].startswith("INFO round=1 finished (1 of 1 deltas, ")
@@ -304,7 +304,7 @@ def test_prometheus_finds_a_runs_metrics(coordinator: Any, parts: Parts, tmp_pat
         ("ray_scaleot_loss_nats", work, 2.5),
         ("ray_scaleot_round_quorum", {"run": tmp_path.name, "round": "1"}, 1),
         ("ray_scaleot_tuning_starts_total", part, 1),
-        ("ray_scaleot_crossings_total", {**crossing, "decision": "refused"}, 1),
+        ("ray_scaleot_crossings_total", {**crossing, "sender": "unknown sender", "decision": "refused"}, 1),
         ("ray_scaleot_crossed_bytes_total", {**crossing, "decision": "sent"}, parts.delta.nbytes),
     ]
     deadline = time.monotonic() + 60  # Ray passes metrics on every few seconds

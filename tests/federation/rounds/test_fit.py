@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused_by_name_and_hinders_nobody(
 def test_each_data_owner_may_have_a_rank_of_its_own(bench: Bench) -> None:
     bench.new(aggregation=AggregationSettings(method="concat"), tunes={**LORA, "ben": MORE["ben"]})
     number = bench.begin(["ann", "ben"])
-    with pytest.raises(ArtifactRefused, match="tuned with rank 2, and this run has tune.lora_rank=4"):
+    with pytest.raises(ArtifactRefused, match=r"tuned with rank 2, and this run has tune\.lora_rank=4"):
         bench.send("ben", number, bench.tiny.low_rank(0.5))
     bench.send("ann", number, bench.tiny.low_rank(0.5))
     bench.send("ben", number, bench.tiny.low_rank(0.5, rank=4))

@@ -13,6 +13,7 @@ from scaleot_ray.federation.rounds.registry.records import (
     Withdrawal,
 )
 from scaleot_ray.federation.rounds.registry.registry import Registry
+from scaleot_ray.federation.rounds.registry.tenants import UnknownSender
 
 __all__ = [
     "AGGREGATE",
@@ -25,5 +26,6 @@ __all__ = [
     "Submission",
     "Tenant",
     "TenantState",
+    "UnknownSender",
     "Withdrawal",
 ]

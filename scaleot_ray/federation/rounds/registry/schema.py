@@ -90,7 +90,7 @@ CREATE TABLE withdrawals (
 ) STRICT;
 
 CREATE TABLE refusals (
-    tenant TEXT NOT NULL,                 -- as it called itself: it may be unknown
+    tenant TEXT NOT NULL,                 -- '(unknown)': all that did not show who they are
     reason TEXT NOT NULL,
     count  INTEGER NOT NULL,
     last   REAL NOT NULL,

@@ -14,9 +14,14 @@ from scaleot_ray.federation.rounds.registry.database import Database
 from scaleot_ray.federation.rounds.registry.records import AGGREGATE, Tenant, TenantState, tenant_of
 
 REFUSALS_KEPT = 20
-"""Different reasons kept of one sender, and different senders that are unknown; the others are counted together."""
+"""Different reasons kept of one sender; the others are counted together."""
 
-_OTHERS = "(others)"
+_OTHERS, _UNKNOWN = "(others)", "(unknown)"  # no data owner is called so
+_NAME_LIMIT = 64
+
+
+class UnknownSender(ArtifactRefused):
+    """Something was sent in a name that the sender could not show to be its own."""
 
 
 class Tenants:
@@ -95,47 +100,69 @@ class Tenants:
         """All data owners, by name."""
         return [tenant_of(row) for row in self._database.rows("SELECT * FROM tenants ORDER BY name")]
 
-    def check_sender(self, name: str, token: str) -> None:
-        """Whether something may come from who it says it is from; costs nothing, so it comes before anything is read.
+    def authenticate(self, name: str, token: str) -> None:
+        """Whether something is from who it says it is from; costs nothing, so it comes before anything is read.
+
+        Args:
+            name, token: whatever came; neither is to be trusted.
 
         Raises:
-            ArtifactRefused: the data owner is unknown, its token is wrong, or it was cancelled or revoked.
+            UnknownSender: the data owner is unknown, or its token is wrong.
         """
-        row = self._database.row("SELECT state, token_hash FROM tenants WHERE name = ?", name)
+        plain = isinstance(name, str) and len(name) <= _NAME_LIMIT and name.isprintable()
+        row = self._database.row("SELECT token_hash FROM tenants WHERE name = ?", name) if plain else None
         if row is None:
-            raise ArtifactRefused(f"{name!r} is no data owner of this run.", "Ask whoever runs it to admit you.")
-        if not hmac.compare_digest(row["token_hash"], _hash(token)):
-            raise ArtifactRefused(f"it does not carry the token of {name}.", "Only its own actor may submit for it.")
-        if row["state"] in ("cancelled", "revoked"):
-            raise ArtifactRefused(f"{name} was {row['state']}.", "Nothing more is taken from this data owner.")
+            shown = (
+                ascii(name if len(name) <= _NAME_LIMIT else name[:_NAME_LIMIT] + "...") if isinstance(name, str) else ""
+            )
+            raise UnknownSender(
+                f"{shown or 'whoever sends without a name'} is no data owner of this run.",
+                "Ask whoever runs it to admit you.",
+            )
+        if not isinstance(token, str) or not hmac.compare_digest(row["token_hash"], _hash(token)):
+            raise UnknownSender(f"it does not carry the token of {name}.", "Only its own actor may submit for it.")
 
-    def refuse(self, sender: str, reason: str) -> int:
-        """Records a refusal; gives how many there are of this sender by now.
+    def check_active(self, name: str) -> None:
+        """Whether anything is still taken from a data owner.
+
+        Raises:
+            ArtifactRefused: it was cancelled or revoked.
+        """
+        state = self.get(name).state
+        if state in ("cancelled", "revoked"):
+            raise ArtifactRefused(f"{name} was {state}.", "Nothing more is taken from this data owner.")
+
+    def refuse(self, sender: str | None, reason: str, count: int = 1) -> int:
+        """Records refusals; gives how many there are of this sender by now.
 
         However many come, what is kept stays small.
+
+        Args:
+            sender: a data owner that showed who it is; None for all others together.
+            reason: why.
+            count: how many.
         """
-        sender, reason = sender[:64], reason[:500]
+        name, reason = sender if sender is not None else _UNKNOWN, reason[:500]
         with self._database.writing():
-            senders = {row["tenant"] for row in self._database.rows("SELECT DISTINCT tenant FROM refusals")}
-            if self.find(sender) is None and sender not in senders and len(senders) >= REFUSALS_KEPT:
-                sender = _OTHERS
             kept = {known for known, _ in self.refusals(sender)}
             if reason not in kept and len(kept) >= REFUSALS_KEPT:
                 reason = _OTHERS
             self._database.execute(
-                "INSERT INTO refusals VALUES (?, ?, 1, ?) "
-                "ON CONFLICT (tenant, reason) DO UPDATE SET count = count + 1, last = excluded.last",
-                sender,
+                "INSERT INTO refusals VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (tenant, reason) DO UPDATE SET count = count + excluded.count, last = excluded.last",
+                name,
                 reason,
+                count,
                 self._clock(),
             )
-        return sum(count for _, count in self.refusals(sender))
+        return sum(many for _, many in self.refusals(sender))
 
-    def refusals(self, sender: str) -> list[tuple[str, int]]:
-        """Why something of a sender was refused, and how often, the most frequent first."""
-        rows = self._database.rows("SELECT * FROM refusals WHERE tenant = ? ORDER BY count DESC, reason", sender)
+    def refusals(self, sender: str | None) -> list[tuple[str, int]]:
+        """Why something of a sender was refused, and how often, the most frequent first; None as in :meth:`refuse`."""
+        name = sender if sender is not None else _UNKNOWN
+        rows = self._database.rows("SELECT * FROM refusals WHERE tenant = ? ORDER BY count DESC, reason", name)
         return [(row["reason"], row["count"]) for row in rows]
 
 
 def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()

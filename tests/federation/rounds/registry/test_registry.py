@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scaleot_ray.errors import ArtifactRefused, ConfigError
-from scaleot_ray.federation.rounds.registry import AGGREGATE, NewPlugIn, Registry
+from scaleot_ray.federation.rounds.registry import AGGREGATE, NewPlugIn, Registry, UnknownSender
 from scaleot_ray.federation.rounds.registry.tenants import REFUSALS_KEPT
 from tests.federation.rounds.registry.filled import EMULATOR, Clock, delta_of, filled
 
@@ -202,20 +202,33 @@ def test_a_withdrawn_submission_makes_room_for_another(registry: Registry) -> No
 
 
 def test_who_may_send(registry: Registry) -> None:
-    token = registry.tenants.admit("ann", {"cpus": 2})
-    registry.tenants.check_sender("ann", token)
-    with pytest.raises(ArtifactRefused, match="does not carry the token of ann"):
-        registry.tenants.check_sender("ann", "0" * 32)
-    with pytest.raises(ArtifactRefused, match="'zoe' is no data owner"):
-        registry.tenants.check_sender("zoe", token)
-    again = registry.tenants.admit("ann", {"cpus": 3})
-    with pytest.raises(ArtifactRefused, match="token"):
-        registry.tenants.check_sender("ann", token)
-    registry.tenants.set_state("ann", "paused")
-    registry.tenants.check_sender("ann", again)  # what it has tuned already may come
-    registry.tenants.set_state("ann", "revoked", "left the consortium")
+    tenants = registry.tenants
+    token = tenants.admit("ann", {"cpus": 2})
+    tenants.authenticate("ann", token)
+    again = tenants.admit("ann", {"cpus": 3})
+    for name, sent, match in (
+        ("ann", "0" * 32, "does not carry the token of ann"),
+        ("ann", token, "does not carry the token of ann"),
+        ("ann", None, "does not carry the token of ann"),
+        ("ann", "\ud800", "does not carry the token of ann"),
+        ("zoe", token, "'zoe' is no data owner"),
+        ("\ud800", token, "is no data owner"),
+        (7, token, "whoever sends without a name is no data owner"),
+        (
+            "zoe\nINFO tenant=ann submitted" + 9999 * "x",
+            token,
+            r"'zoe\\nINFO tenant=ann submittedx+\.\.\.' is no data owner",
+        ),
+    ):
+        with pytest.raises(UnknownSender, match=match) as refused:
+            tenants.authenticate(name, sent)  # type: ignore[arg-type]
+        assert len(refused.value.problem) < 150
+    tenants.set_state("ann", "paused")
+    tenants.authenticate("ann", again)
+    tenants.check_active("ann")  # what it has tuned already may come
+    tenants.set_state("ann", "revoked", "left the consortium")
     with pytest.raises(ArtifactRefused, match="ann was revoked"):
-        registry.tenants.check_sender("ann", again)
+        tenants.check_active("ann")
     assert token.encode() not in (registry._database.path).read_bytes()
 
 
@@ -236,17 +249,15 @@ def test_revoked_is_final(registry: Registry) -> None:
 def test_ten_thousand_refusals_take_no_room(registry: Registry) -> None:
     for number in range(100):
         registry.tenants.refuse("ann", f"tensor {number} is extra")
-        registry.tenants.refuse(f"stranger{number}", "unknown")
-    with registry._database.writing():
-        pass
-    kept = registry.tenants.refusals("ann")
-    assert len(kept) == REFUSALS_KEPT + 1
-    assert sum(count for _, count in kept) == 100
-    assert kept[0] == ("(others)", 100 - REFUSALS_KEPT)
-    senders = registry._database.rows("SELECT DISTINCT tenant FROM refusals")
-    assert len(senders) <= REFUSALS_KEPT + 1
-    assert registry.tenants.refuse("x" * 10_000, "y" * 10_000) > 0
-    assert registry.tenants.refuse("ben", "first") == 1  # strangers do not crowd out those who are known
+        registry.tenants.refuse(None, f"'stranger{number}' is no data owner")
+    for sender in ("ann", None):
+        kept = registry.tenants.refusals(sender)
+        assert len(kept) == REFUSALS_KEPT + 1
+        assert sum(count for _, count in kept) == 100
+        assert kept[0] == ("(others)", 100 - REFUSALS_KEPT)
+    assert len(registry._database.rows("SELECT DISTINCT tenant FROM refusals")) == 2
+    assert registry.tenants.refuse("ben", "y" * 10_000, count=9) == 9
+    assert [(len(reason), count) for reason, count in registry.tenants.refusals("ben")] == [(500, 9)]
 
 
 # Plug-ins
