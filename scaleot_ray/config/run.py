@@ -38,7 +38,12 @@ class TenantSettings(Settings):
     deadline: Number | None = Field(
         None, gt=0, description="seconds that its tuning may take in a round; the round then goes on without it"
     )
-    weight: Number = Field(1.0, ge=0, description="of its delta in the aggregate, e.g. how many rows it has")
+    weight: Number = Field(
+        1.0,
+        ge=0,
+        description="of its delta in the aggregate, e.g. how many rows it has; 0: it stays out of every aggregate, and "
+        "has its own plug-in alone",
+    )
     tune: TuneSettings | None = Field(
         None, description="keys that differ for this data owner; the others come from the run's tune section"
     )

@@ -31,10 +31,19 @@ class Aggregates:
     def make(self, number: int, counted: Sequence[Submission], settings: AggregationSettings) -> NewPlugIn:
         """One delta of a round's submissions, from the aggregate of the round before on; it is in the store then.
 
+        What has weight 0 is not in it: so a data owner stays out of all aggregates, and nothing is made anew when
+        it is revoked.
+
         Raises:
             ConfigError, ArtifactRefused: as :func:`~scaleot_ray.plugin.aggregation.aggregate`.
         """
         base, store = self._base(number), self._store
+        counted = [one for one in counted if one.weight > 0]
+        if not counted:
+            raise ConfigError(
+                f"tenants: no delta of round {number} has a weight above 0, so there is nothing to aggregate.",
+                "Give a data owner that submits a weight above 0, or leave aggregation out.",
+            )
         late = {}
         for one in counted:
             # What it began with is the base, unless it was late, or the base was made anew since without someone.

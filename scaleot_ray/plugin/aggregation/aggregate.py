@@ -62,7 +62,7 @@ def aggregate(
     it is near to it only where all data owners began with the same factors and moved little.
 
     Args:
-        deltas: name of the data owner, folder of its delta, weight (its rows, or 1).
+        deltas: name of the data owner, folder of its delta, weight (its rows, or 1; 0: left out).
         settings: how.
         start: folder of the delta that their tuning began with; how far each has come since then is what
             is combined, clipped and handed to the server optimizer, and the result includes it.

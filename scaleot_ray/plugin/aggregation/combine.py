@@ -35,7 +35,7 @@ def weighted_mean(parts: Sequence[Contribution], name: str) -> torch.Tensor:
 def median(parts: Sequence[Contribution], name: str) -> torch.Tensor:
     """The median of every value, the mean of the middle two of an even number (Yin et al., arXiv 1803.01498).
 
-    Weights do not count: whoever may name a weight could otherwise be a majority.
+    Weights do not count, unless one is 0: whoever may name a weight could otherwise be a majority.
     """
     middle = (len(parts) - 1) // 2, len(parts) // 2
 

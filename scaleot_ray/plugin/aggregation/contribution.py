@@ -117,7 +117,8 @@ def contributions(
     """Deltas on disk as the parts of one aggregate, in an order that does not depend on who came first.
 
     Args:
-        deltas: name of the data owner, folder of its delta, weight ≥ 0.
+        deltas: name of the data owner, folder of its delta, weight ≥ 0; one of weight 0 is left out, also of what
+            weights do not count in.
         start: folder of the delta that their tuning began with.
         late: of data owners whose tuning began with another one, in an earlier round: which, by name; None for
             the emulator as it is.
@@ -138,7 +139,7 @@ def contributions(
     total = sum(weight for _, _, weight in deltas)
     if total <= 0:
         raise ConfigError("All weights are 0, so no delta counts.", "Give one of them a weight above 0.")
-    late = late or {}
+    late, deltas = late or {}, [one for one in deltas if one[2] > 0]
     opened = {path: _delta(path) for path in {start, *late.values()} if path is not None}
     found = []
     for name, directory, weight in deltas:

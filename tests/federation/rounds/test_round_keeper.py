@@ -77,6 +77,33 @@ def test_a_late_delta_counts_by_how_far_it_has_come(bench: Bench) -> None:
     assert bench.value(AGGREGATE) == 4.0  # 2 + (0 + 0 + 6) / 3
 
 
+@pytest.mark.parametrize("method", ["mean", "median"])
+def test_who_has_weight_0_stays_out_of_the_aggregate(bench: Bench, method: str) -> None:
+    bench.new(aggregation=AggregationSettings(method=method), weights={"cas": 0.0})
+    number = bench.begin()
+    for name, value in zip(NAMES, (1.0, 3.0, 9.0), strict=True):
+        bench.send(name, number, value)
+    bench.keeper.end(number)
+    assert (bench.value(AGGREGATE), bench.value("cas")) == (2.0, 9.0)
+    made = bench.keeper.in_common()
+    assert made is not None
+    assert [one.tenant for one in bench.keeper.registry.plug_ins.made_from(made)] == ["ann", "ben"]
+    assert bench.keeper.revoke("cas", "left") == []
+
+
+def test_where_nobody_has_a_weight_the_round_goes_on_in_the_next_run(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings(), rounds=RoundSettings(quorum=1), weights={"ann": 0.0})
+    number = bench.begin()
+    bench.send("ann", number, 1.0)
+    with pytest.raises(ConfigError, match="no delta of round 1 has a weight above 0"):
+        bench.keeper.end(number)
+    assert bench.keeper.registry.rounds.get(number).state == "failed"
+    bench.new(weights={"ann": 2.0})  # those of the run that goes on count
+    assert bench.begin() == number
+    assert bench.keeper.end(number).state == "finished"
+    assert bench.value(AGGREGATE) == 1.0
+
+
 def test_momentum_goes_on_from_round_to_round(bench: Bench) -> None:
     how = AggregationSettings(server="momentum", server_momentum=0.5)
     bench.new(rounds=RoundSettings(count=2), aggregation=how)

@@ -53,6 +53,22 @@ def test_trimmed_mean(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["mean", "median", "trimmed_mean", "ties", "dare"])
+def test_what_has_weight_0_is_in_no_aggregate(tmp_path: Path, method: str) -> None:
+    how = AggregationSettings(method=method, trim=0.25, clip_norm=1e6)
+    given, _ = random_deltas(tmp_path, "layers", 5, [1.0, 1.0, 0.0, 1.0, 1.0])
+    loud = write_delta(random_deltas(tmp_path / "more", "layers", 1)[1][0], tmp_path / "loud")
+    without = aggregate([one for one in given if one[2]], how)
+    found = aggregate([*given, ("loud", loud, 0.0)], how)
+    assert found.clipped == without.clipped
+    assert all(torch.equal(tensor, without.delta.tensors[name]) for name, tensor in found.delta.tensors.items())
+    counts = [(*one[:2], 1.0) for one in given]  # the control: with a weight it is in there
+    assert any(
+        not torch.equal(tensor, without.delta.tensors[name])
+        for name, tensor in aggregate(counts, how).delta.tensors.items()
+    )
+
+
 def test_small_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, _ = random_deltas(tmp_path, "layers", 4)
     whole = {method: aggregate(given, AggregationSettings(method=method)).delta for method in ("mean", "median")}
