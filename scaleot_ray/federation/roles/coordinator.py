@@ -177,6 +177,7 @@ class Coordinator(Role):
 
     def begin_round(self, tenants: list[str]) -> Opened | None:
         """The round to work on; None after the last. See :meth:`RoundKeeper.begin`."""
+        self._events.made_anew(self._keeper.finish_revocations())
         for one in self._keeper.withdraw_misfits():
             self._events.withdrawn(one)
         found = self._keeper.begin(tenants)

@@ -83,5 +83,14 @@ class Events:
 
     def administered(self, request: Request, changed: list[int]) -> None:
         """An administrator's request was carried out; ``changed``: rounds whose aggregate was made anew."""
-        again = f"; made anew: the aggregates of rounds {', '.join(map(str, changed))}" if changed else ""
+        again = f"; {_made_anew(changed)}" if changed else ""
         self._log.info(f"{request.action} ({request.reason or 'no reason given'}){again}", tenant=request.tenant)
+
+    def made_anew(self, changed: list[int]) -> None:
+        """A revocation that was cut short is finished; ``changed``: rounds whose aggregate was made anew."""
+        if changed:
+            self._log.warning(f"a revocation had been cut short; {_made_anew(changed)}")
+
+
+def _made_anew(changed: list[int]) -> str:
+    return f"made anew: the aggregates of rounds {', '.join(map(str, changed))}"

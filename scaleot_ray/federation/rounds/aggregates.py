@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
 from scaleot_ray.config import AggregationSettings
@@ -65,25 +65,28 @@ class Aggregates:
         how = {**settings.model_dump(mode="json"), "clipped": made.clipped, "lost": made.lost}
         return NewPlugIn(AGGREGATE, artifact.digest, store.place(artifact.digest), how, counted)
 
-    def withdraw(self, tenant: str, reason: str) -> list[int]:
-        """Makes the aggregates anew that a data owner was part of, and those on top of them; gives their rounds.
+    def withdraw(self, reasons: Mapping[str, str]) -> list[int]:
+        """Makes the aggregates anew that data owners were part of, and those on top of them; gives their rounds.
+
+        Args:
+            reasons: by data owner.
 
         Raises:
-            ArtifactRefused: a delta in the store is damaged.
+            ArtifactRefused: a delta in the store is damaged; what was made anew by then stays so.
         """
         changed = []
         for one in self._registry.plug_ins.all():
             if one.state != "active" or one.name != AGGREGATE:
                 continue
-            was_in = any(part.tenant == tenant for part in self._registry.plug_ins.made_from(one))
-            if was_in or self._began(one) != self._base(one.round):
-                self._remake(one, tenant, reason)
+            found = [reasons[part.tenant] for part in self._registry.plug_ins.made_from(one) if part.tenant in reasons]
+            if found or self._began(one) != self._base(one.round):
+                self._remake(one, set(reasons), "; ".join(found or reasons.values()))
                 changed.append(one.round)
         return changed
 
-    def _remake(self, made: PlugIn, without: str, reason: str) -> None:
+    def _remake(self, made: PlugIn, without: set[str], reason: str) -> None:
         """Makes the aggregate of a finished round anew from what counts of it, or withdraws it where nothing does."""
-        counted = [one for one in self._registry.plug_ins.made_from(made) if one.tenant != without]
+        counted = [one for one in self._registry.plug_ins.made_from(made) if one.tenant not in without]
         how = {key: value for key, value in made.settings.items() if key in AggregationSettings.model_fields}
         try:
             new = self.make(made.round, counted, AggregationSettings(**how))

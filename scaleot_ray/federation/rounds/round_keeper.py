@@ -107,7 +107,10 @@ class RoundKeeper:
         Raises:
             ConfigError: nobody is left to take part, or fewer than the quorum; or the round begins with an aggregate
                 that this run's settings do not fit.
+            ArtifactRefused, ResourcesMissing: as :meth:`finish_revocations`: what somebody revoked is part of is
+                nothing to begin with.
         """
+        self.finish_revocations()
         self.withdraw_misfits()
         rounds = self.registry.rounds
         current, past = rounds.current(), rounds.all()
@@ -254,15 +257,29 @@ class RoundKeeper:
             ArtifactRefused: a delta on disk is damaged.
         """
         self.registry.tenants.set_state(tenant, "revoked", reason)
-        withdrawn = f"{tenant} was revoked" + (f": {reason}" if reason else "")
+        return self.finish_revocations()
+
+    def finish_revocations(self) -> list[int]:
+        """Does what is left of revocations; each may have been cut short, by the death of whoever was at it say.
+
+        Returns:
+            Rounds whose aggregate changed.
+
+        Raises:
+            ArtifactRefused, ResourcesMissing: as :meth:`revoke`; once more, it goes on from there.
+        """
+        tenants = [one for one in self.registry.tenants.all() if one.state == "revoked"]
+        reasons = {one.name: f"{one.name} was revoked" + (f": {one.reason}" if one.reason else "") for one in tenants}
+        if not reasons:
+            return []
         for found in self.registry.rounds.all():
-            if found.state != "finished" and self.registry.rounds.find_part(found.number, tenant) is not None:
-                self.registry.rounds.withdraw(found.number, tenant, withdrawn)
-        changed = self._aggregates.withdraw(tenant, withdrawn)
-        # Last, so that a revocation that was cut short finds what is left to do.
-        for one in self.registry.plug_ins.of(tenant):
-            if one.state == "active":
-                self.registry.plug_ins.revoke(tenant, one.round, withdrawn)
+            for part in self.registry.rounds.parts(found.number) if found.state != "finished" else ():
+                if part.tenant in reasons and part.reason != reasons[part.tenant]:
+                    self.registry.rounds.withdraw(found.number, part.tenant, reasons[part.tenant])
+        changed = self._aggregates.withdraw(reasons)
+        for plug_in in self.registry.plug_ins.all():
+            if plug_in.name in reasons and plug_in.state == "active":
+                self.registry.plug_ins.revoke(plug_in.name, plug_in.round, reasons[plug_in.name])
         used = in_use(self.registry, self.rounds.staleness)
         for digest in self._store.digests():
             if digest not in used:

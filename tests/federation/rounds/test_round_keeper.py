@@ -204,6 +204,52 @@ def test_a_revoked_data_owner_is_taken_out_of_everything(bench: Bench) -> None:
     assert bench.value("ann") == 4.0
 
 
+def two_rounds(bench: Bench) -> None:
+    """Two rounds of three data owners on top of one another; a third may follow."""
+    bench.new(rounds=RoundSettings(count=3, quorum=1), aggregation=AggregationSettings())
+    for values in ((1.0, 2.0, 9.0), (4.0, 2.0, 9.0)):
+        number = bench.begin()
+        for name, value in zip(NAMES, values, strict=True):
+            bench.send(name, number, value)
+        bench.keeper.end(number)
+
+
+@pytest.mark.parametrize("further", [0, 1, 2], ids=["the state", "the aggregates", "the plug-ins"])
+def test_a_revocation_that_was_cut_short_is_finished_before_the_next_round(bench: Bench, further: int) -> None:
+    two_rounds(bench)
+    registry = bench.keeper.registry
+    registry.tenants.set_state("cas", "revoked", "asked to")  # what is on the disk first; then everything died
+    if further:
+        bench.keeper._aggregates.withdraw({"cas": "cas was revoked: asked to"})
+    if further > 1:
+        for turn in (1, 2):
+            registry.plug_ins.revoke("cas", turn, "cas was revoked: asked to")
+    bench.new()
+    assert bench.begin(["ann", "ben"]) == 3
+    registry = bench.keeper.registry
+    assert bench.value(AGGREGATE) == 0.5  # as if nothing had come between
+    start = bench.keeper.start(3, "ann")
+    assert start is not None
+    assert registry.rounds.get(3).start == start.digest == registry.plug_ins.in_force(AGGREGATE).digest  # type: ignore[union-attr]
+    assert registry.plug_ins.containing("cas") == []
+    kept = {path.name for path in bench.folder.glob("c/*/deltas/*")}
+    assert not kept & {one.digest for one in registry.submissions.of_tenant("cas")}
+    assert bench.keeper.finish_revocations() == []
+
+
+def test_no_round_begins_while_a_revocation_cannot_be_finished(bench: Bench) -> None:
+    two_rounds(bench)
+    (lost,) = (one.digest for one in bench.keeper.registry.submissions.of_round(2) if one.tenant == "ben")
+    (place,) = bench.folder.glob(f"c/*/deltas/{lost}")
+    place.rename(bench.folder / "lost")
+    for attempt in (lambda: bench.keeper.revoke("cas", "left"), lambda: bench.new().begin(["ann", "ben"])):
+        with pytest.raises(ArtifactRefused, match=lost):
+            attempt()
+    (bench.folder / "lost").rename(place)
+    assert bench.begin(["ann", "ben"]) == 3
+    assert bench.value(AGGREGATE) == 0.5
+
+
 def test_a_failed_round_goes_on_with_those_who_take_part_now(bench: Bench) -> None:
     bench.new(rounds=RoundSettings(quorum=3), aggregation=AggregationSettings())
     number = bench.begin()
