@@ -215,8 +215,12 @@ class Coordinator(Role):
 
     def submit(
         self, tenant: str, token: str, number: int, delta: Shared, metrics: Shared, data_digest: str | None = None
-    ) -> None:
+    ) -> bool:
         """Takes a data owner's delta and metrics through the gate into the registry.
+
+        Returns:
+            Whether it counts. If not, it came between two rounds and may count in the next, which begins when this
+            actor is asked to: so it cannot wait for that here, and whoever sends it asks again.
 
         Raises:
             ArtifactRefused: as :meth:`RoundKeeper.take`.
@@ -232,8 +236,11 @@ class Coordinator(Role):
         except ArtifactRefused as error:
             self._events.refused(tenant, round_number(number), error.problem)
             raise
+        if taken is None:
+            return False
         current = self._keeper.registry.rounds.get(taken.round)
         self._events.submitted(taken, current, sum(self._keeper.taking_part(taken.round).values()))
+        return True
 
     def entry(self, tenant: str, number: int | None = None) -> Entry | None:
         """What the registry has of a data owner, without the delta itself: of a round, or the latest."""

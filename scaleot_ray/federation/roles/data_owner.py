@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from scaleot_ray.progress import Progress
 from scaleot_ray.stages.identity import keyed_digest
 from scaleot_ray.stages.tune import TuneRequest, TuneResult, tune_emulator
 from scaleot_ray.stages.tune_packed import tune_emulator_packed
+
+_BETWEEN_ROUNDS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,5 +168,7 @@ def _submit(role: Role, part: Part, emulator: Artifact, result: TuneResult, numb
     check_unchanged(emulator, role.name)
     metrics = read_artifact(result.directory / "metrics", expected_kind="metrics")
     digest = keyed_digest(part.tenant.train, Path(part.output))
-    sent = (part.tenant.name, token, number, to_shared(result.delta), to_shared(metrics), digest)
-    ray.get(role.coordinator.submit.remote(*sent))
+    # Put once, however often it is sent.
+    delta, numbers = ray.put(to_shared(result.delta)), ray.put(to_shared(metrics))
+    while not ray.get(role.coordinator.submit.remote(part.tenant.name, token, number, delta, numbers, digest)):
+        time.sleep(_BETWEEN_ROUNDS_SECONDS)  # late, and the round that it may still count in is not open yet

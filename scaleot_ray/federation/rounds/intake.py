@@ -73,11 +73,16 @@ class Intake:
         self._rounds, self._weights, self._fit = rounds, dict(weights), fit
         self._refusals = Refusals(registry)
 
-    def take(self, sent: Sent) -> Submission:
+    def take(self, sent: Sent, between_rounds: bool = False) -> Submission | None:
         """Takes what a data owner sends through the gate into the registry; sent twice, it counts once.
 
+        Args:
+            sent: what came.
+            between_rounds: the round before is over, and the next one is not open yet.
+
         Returns:
-            The submission; its delta is in the store now, and itself on the disk.
+            The submission; its delta is in the store now, and itself on the disk. None of one that is late for the
+            round that is over and will be fresh enough for the next: it is to be sent once more when that is open.
 
         Raises:
             ArtifactRefused: the data owner is not admitted or its token is wrong, one of the artefacts is not
@@ -90,12 +95,13 @@ class Intake:
             self._recording(sent.tenant, lambda: _check_form(sent))
             began = start_of(self._registry, sent.round)
             delta = self._read(sent.tenant, "delta", sent.delta)
-            find = self._registry.submissions.find
-            before = self._recording(
-                sent.tenant, lambda: find(sent.tenant, delta.digest, sent.round, self._rounds.staleness), delta
-            )
-            if before is not None:
+            known = sent.tenant, delta.digest, sent.round
+            if (before := self._registry.submissions.acknowledged(*known)) is not None:
                 return before
+            if between_rounds and self._is_fresh(sent.round):
+                return None
+            find = self._registry.submissions.find
+            self._recording(sent.tenant, lambda: find(*known, self._rounds.staleness), delta)
             self._recording(sent.tenant, lambda: self._check(sent.tenant, delta, began), delta)
         norm, values = self._keep(sent, delta, began)
         assert isinstance(delta.manifest.content, DeltaContent)  # Manifest ties content to kind
@@ -137,6 +143,11 @@ class Intake:
             party = data_owner(sender) if sender is not None else UNKNOWN_SENDER
             self._audit.record(party, MODEL_OWNER, "delta", 0, "", decision="refused", reason=error.problem)
             raise
+
+    def _is_fresh(self, number: int) -> bool:
+        """Whether what was tuned in a round that is over may count in the one that follows the latest."""
+        latest = len(self._registry.rounds.all())
+        return latest + 1 - self._rounds.staleness <= number <= latest
 
     def _check(self, tenant: str, delta: Artifact, began: str | None) -> None:
         """Refuses what the gate does not let pass, and what does not fit what others send in this run."""

@@ -200,9 +200,14 @@ class RoundKeeper:
         """Records that nothing is to be expected of a data owner in a round any more, and why."""
         self.registry.rounds.end_part(number, tenant, "failed", reason)
 
-    def take(self, sent: Sent) -> Submission:
+    def take(self, sent: Sent) -> Submission | None:
         """Takes what a data owner sends; see :meth:`Intake.take`."""
-        return self._intake.take(sent)
+        return self._intake.take(sent, self._between_rounds())
+
+    def _between_rounds(self) -> bool:
+        """Whether a round has its result, or is about to get it, and another one will follow it in this run."""
+        past = self.registry.rounds.all()
+        return bool(past) and past[-1].state in ("closed", "finished") and not self.is_last(past[-1].number)
 
     def end(self, number: int) -> Round:
         """Closes a round and makes its plug-ins, unless it stays below its quorum; again, it changes nothing.

@@ -29,6 +29,7 @@ from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.evaluation.table import TenantTable, table_json
 from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.coordinator import Charge, Coordinator
+from scaleot_ray.federation.roles.data_owner import DataOwner, Part
 from scaleot_ray.federation.roles.object_store import check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.roles.role import Present, Role, start, stop
 from scaleot_ray.federation.roles.table_gate import pack_table
@@ -351,6 +352,35 @@ def test_killed_while_it_ends_a_round_it_ends_it_once(
     assert (made.round, made.version) == (1, 1)
     assert read_artifact(made.folder).digest == made.digest
     assert ray.get(actor.begin_round.remote(["alice"])).round.start == made.digest
+    stop(actor)
+
+
+def test_a_delta_that_comes_between_two_rounds_counts_in_the_next(
+    connected_ray: Session, parts: Parts, tmp_path: Path
+) -> None:
+    settings = write_tiny_run(parts.folder, tune={"steps": 2})
+    rounds = RoundSettings(count=2, quorum=1, staleness=1)
+    charge = Charge(str(tmp_path), str(tmp_path / "registry"), rounds, AggregationSettings(), {}, {})
+    actor = start(Coordinator, 1, 0, charge, mark="", claim=False)
+    publish(actor, parts.folder / "emulator", tmp_path)
+    alice, bob = (ray.get(actor.admit.remote(name, {})) for name in ("alice", "bob"))
+    ray.get(actor.begin_round.remote(["alice", "bob"]))
+    first = to_shared(parts.delta), to_shared(parts.metrics)
+    assert ray.get(actor.submit.remote("alice", alice, 1, *first))
+    assert ray.get(actor.end_round.remote(1)).round.state == "finished"
+    part = Part(settings.tenants[1], settings.tune, None, str(tmp_path / "bob"))
+    owner = start(DataOwner, 1, 0, 1, actor, part, mark="", claim=False)
+    late = owner.tune.remote(1, bob)  # the round that it tunes for is over before it begins
+    while not (tmp_path / "bob" / "metrics").exists():  # it has tuned, and sends
+        assert ray.wait([late], timeout=0.2)[0] == []
+    assert ray.wait([late], timeout=3)[0] == []
+    assert not ray.get(actor.submit.remote("bob", bob, 1, *first))
+    opened = ray.get(actor.begin_round.remote(["alice", "bob"]))
+    assert (opened.round.number, opened.submitted) == (2, {"alice": False, "bob": False})
+    ray.get(late, timeout=60)
+    entry = ray.get(actor.entry.remote("bob"))
+    assert (entry.round, ray.get(actor.end_round.remote(2)).submitted) == (2, {"alice": False, "bob": True})
+    stop(owner)
     stop(actor)
 
 

@@ -43,8 +43,10 @@ class Bench:
         return found.number
 
     def send(self, name: str, number: int, delta: Any, **changes: Any) -> Submission:
-        """Sends what :meth:`sent` gives."""
-        return self.keeper.take(self.sent(name, number, delta, **changes))
+        """Sends what :meth:`sent` gives, in a round that is open."""
+        taken = self.keeper.take(self.sent(name, number, delta, **changes))
+        assert taken is not None
+        return taken
 
     def sent(self, name: str, number: int, delta: Any, **changes: Any) -> Sent:
         """``delta``: an artefact, what gives one, or the value of one that was tuned as it should be."""

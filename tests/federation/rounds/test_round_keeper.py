@@ -77,6 +77,40 @@ def test_a_late_delta_counts_by_how_far_it_has_come(bench: Bench) -> None:
     assert bench.value(AGGREGATE) == 4.0  # 2 + (0 + 0 + 6) / 3
 
 
+def test_what_comes_between_two_rounds_is_sent_again_and_counts_in_the_next(bench: Bench) -> None:
+    bench.new(rounds=RoundSettings(count=2, quorum=2, staleness=1), aggregation=AggregationSettings())
+    first = bench.begin()
+    in_time = bench.send("ann", first, 1.0)
+    bench.send("ben", first, 3.0)
+    sent = bench.sent("cas", first, 6.0)
+    for step in (lambda: bench.keeper.registry.rounds.close(first), lambda: bench.keeper.end(first), bench.new):
+        step()  # while it is aggregated, after that, and with a new coordinator
+        assert bench.keeper.take(sent) is None
+        assert bench.send("ann", first, 1.0) == in_time  # only its acknowledgement was lost
+    assert bench.keeper.registry.tenants.refusals("cas") == []
+    assert "data owner cas" not in {line["sender"] for line in bench.audit.read()}
+    token = bench.tokens["cas"]
+    assert bench.keeper.begin(NAMES) is not None
+    found = bench.send("cas", first, 6.0, token=token)
+    assert (found.round, found.tuned_round) == (2, first)
+    part = bench.keeper.registry.rounds.part(first, "cas")
+    assert (part.state, part.reason) == ("late", "counts in round 2")
+    with pytest.raises(ArtifactRefused, match="does not carry the token"):
+        bench.keeper.take(bench.sent("ben", 2, 6.0, token="guessed"))
+
+
+@pytest.mark.parametrize(("count", "staleness", "state"), [(1, 1, "finished"), (2, 0, "finished"), (2, 1, "failed")])
+def test_what_no_round_will_take_is_not_waited_for(bench: Bench, count: int, staleness: int, state: str) -> None:
+    rounds = RoundSettings(count=count, quorum=3 if state == "failed" else 2, staleness=staleness)
+    bench.new(rounds=rounds, aggregation=AggregationSettings())
+    first = bench.begin()
+    bench.send("ann", first, 1.0)
+    bench.send("ben", first, 3.0)
+    assert bench.keeper.end(first).state == state
+    with pytest.raises(ArtifactRefused, match="round 1 is closed"):
+        bench.send("cas", first, 6.0)
+
+
 @pytest.mark.parametrize("method", ["mean", "median"])
 def test_who_has_weight_0_stays_out_of_the_aggregate(bench: Bench, method: str) -> None:
     bench.new(aggregation=AggregationSettings(method=method), weights={"cas": 0.0})

@@ -40,9 +40,9 @@ class Submissions:
                 one in this round, or no round takes it any more.
         """
         before = self._alike(tenant, digest)
-        for one in before:
-            if one.tuned_round == tuned_round:
-                return one
+        acknowledged = self.acknowledged(tenant, digest, tuned_round)
+        if acknowledged is not None:
+            return acknowledged
         current = self._rounds.current()
         if current is None or current.state != "open":
             raise ArtifactRefused(f"round {tuned_round} is closed.", "Wait for the next round, or begin a new run.")
@@ -67,6 +67,10 @@ class Submissions:
                 f"{tenant} has submitted another delta in round {current.number}.", "The first one counts."
             )
         return None
+
+    def acknowledged(self, tenant: str, digest: str, tuned_round: int) -> Submission | None:
+        """The submission of a delta of that round that was acknowledged before, if it was."""
+        return next((one for one in self._alike(tenant, digest) if one.tuned_round == tuned_round), None)
 
     def add(self, new: NewSubmission, staleness: int = 0) -> Submission:
         """Counts a delta in the round that is open; one that counts already is not counted again.
@@ -105,6 +109,15 @@ class Submissions:
                 current.number,
                 new.tenant,
             )
+            if new.tuned_round != current.number:
+                self._database.execute(
+                    "UPDATE parts SET state = 'late', reason = ?, changed = ? "
+                    "WHERE round = ? AND tenant = ? AND state != 'submitted'",
+                    f"counts in round {current.number}",
+                    now,
+                    new.tuned_round,
+                    new.tenant,
+                )
         return next(one for one in self._alike(new.tenant, new.digest) if one.round == current.number)
 
     def withdraw(self, one: Submission, reason: str) -> Withdrawal:
