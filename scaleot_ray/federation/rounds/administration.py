@@ -16,7 +16,7 @@ from typing import Any, Literal
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.config import RoundSettings
-from scaleot_ray.errors import ConfigError, RunFailed, ScaleOTError
+from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.folder import FolderHeld, RunFolder
 from scaleot_ray.federation.rounds.round_keeper import RoundKeeper
 from scaleot_ray.stages.record import read_record, write_record
@@ -25,6 +25,14 @@ Action = Literal["pause", "resume", "cancel", "revoke"]
 
 _STATES = {"pause": "paused", "resume": "admitted", "cancel": "cancelled"}
 _LOOK_SECONDS = 0.2
+
+# How an answer names what is wrong; whoever asked exits with the code of its own.
+_ERRORS: dict[str, type[ScaleOTError]] = {
+    "config": ConfigError,
+    "refused": ArtifactRefused,
+    "resources": ResourcesMissing,
+    "failed": RunFailed,
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def administer(folder: RunFolder, request: Request, seconds: float = 300.0) -> l
     Raises:
         ConfigError: no run has been here, or as :func:`carry_out`.
         ArtifactRefused, ResourcesMissing: as :func:`carry_out`.
-        RunFailed: the run that is under way does not answer.
+        RunFailed: the run that is under way does not answer, or could not do it for another reason.
     """
     registry = registry_of(folder)
     try:
@@ -107,19 +115,24 @@ def note_registry(folder: RunFolder, registry: str | None) -> Path:
 def pending(folder: RunFolder) -> list[tuple[str, Request]]:
     """What is asked of a run that is under way, oldest first, with the name to answer to; each is given once."""
     found = []
-    for path in sorted(folder.requests.glob("*.ask.json"), key=lambda path: path.stat().st_mtime_ns):
+    for path in folder.requests.glob("*.ask.json"):
+        try:
+            asked = path.stat().st_mtime_ns
+        except FileNotFoundError:  # whoever asked has given up meanwhile
+            continue
         values = read_record(path)
         path.unlink(missing_ok=True)
         if values.keys() == {"action", "tenant", "reason"}:
-            found.append((path.name.removesuffix(".ask.json"), Request(**values)))
-    return found
+            found.append((asked, path.name.removesuffix(".ask.json"), Request(**values)))
+    return [(name, request) for _, name, request in sorted(found, key=lambda one: one[:2])]
 
 
 def reply(folder: RunFolder, name: str, changed: list[int] | ScaleOTError) -> None:
     """Tells whoever asked what came of it."""
     values: dict[str, Any] = {"changed": changed}
     if isinstance(changed, ScaleOTError):
-        values = {"problem": changed.problem, "remedy": changed.remedy}
+        kind = next((name for name, known in _ERRORS.items() if isinstance(changed, known)), "failed")
+        values = {"error": kind, "problem": changed.problem, "remedy": changed.remedy}
     write_record(folder.requests / f"{name}.answer.json", values)
 
 
@@ -141,5 +154,5 @@ def _ask(folder: RunFolder, request: Request, seconds: float) -> list[int]:
     values = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
     if "problem" in values:
-        raise ConfigError(values["problem"], values["remedy"])
+        raise _ERRORS[values["error"]](values["problem"], values["remedy"])
     return list(values["changed"])

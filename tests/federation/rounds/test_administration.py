@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scaleot_ray.errors import ConfigError, RunFailed
+from scaleot_ray.errors import ArtifactRefused, ConfigError, Interrupted, ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.rounds.administration import Request, administer, pending, reply
 from scaleot_ray.federation.rounds.status import run_status
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress, TenantState
+from scaleot_ray.stages.record import write_record
 from tests.federation.rounds.tiny_deltas import TinyDeltas, ended_run
 from tests.tiny_run import write_tiny_run
 
@@ -68,6 +70,7 @@ def test_where_no_run_has_been(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_under_way_is_asked(ended: RunFolder) -> None:
+    kinds = (ConfigError, ArtifactRefused, ResourcesMissing, RunFailed, Interrupted)
     with ended.held():
         assert run_status(ended)["under_way"]
         with pytest.raises(RunFailed, match=r"did not answer within 0\.5 seconds"):
@@ -75,21 +78,34 @@ def test_a_run_that_is_under_way_is_asked(ended: RunFolder) -> None:
         assert pending(ended) == []
 
         def driver() -> None:
-            for result in ([1, 2], ConfigError("no such thing.", "Ask for another.")):
+            for result in ([1, 2], *errors):
                 while not (found := pending(ended)):
                     pass
                 asked.extend(request for _, request in found)
                 reply(ended, found[0][0], result)
 
+        errors = [kind("no such thing.", "Ask for another.") for kind in kinds]
         asked: list[Request] = []
         thread = threading.Thread(target=driver)
         thread.start()
         assert administer(ended, Request("revoke", "ann", "so")) == [1, 2]
-        with pytest.raises(ConfigError, match="no such thing"):
-            administer(ended, Request("pause", "zoe", ""))
+        for kind in kinds:
+            with pytest.raises(ScaleOTError, match="no such thing") as refused:
+                administer(ended, Request("pause", "zoe", ""))
+            assert type(refused.value) is (kind if kind is not Interrupted else RunFailed)
         thread.join()
-    assert asked == [Request("revoke", "ann", "so"), Request("pause", "zoe", "")]
+    assert asked == [Request("revoke", "ann", "so"), *[Request("pause", "zoe", "")] * len(kinds)]
     assert not list(ended.requests.iterdir())
+
+
+def test_who_gives_up_while_the_run_looks_does_not_end_it(ended: RunFolder) -> None:
+    place = ended.requests
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "gone.ask.json").symlink_to(place / "nothing")  # listed, and not there any more
+    write_record(place / "b.ask.json", {"action": "pause", "tenant": "ben", "reason": ""})
+    time.sleep(0.02)
+    write_record(place / "a.ask.json", {"action": "resume", "tenant": "ben", "reason": ""})
+    assert [(name, request.action) for name, request in pending(ended)] == [("b", "pause"), ("a", "resume")]
 
 
 def test_a_run_that_ends_before_it_answers_is_not_waited_for(ended: RunFolder) -> None:
