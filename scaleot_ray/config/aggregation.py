@@ -17,9 +17,11 @@ class AggregationSettings(Settings):
 
     method: Literal["mean", "median", "trimmed_mean", "concat", "svd", "ties", "dare"] = Field(
         "mean",
-        description="mean: weighted (FedAvg); median, trimmed_mean: value by value, whatever a minority sends; concat, "
-        "svd: for tune.method=lora, the exact weighted sum of the updates, and its best approximation of "
-        "rank; ties, dare: for tune.method=layers, deltas thinned out before they are combined",
+        description="mean: weighted (FedAvg); for tune.method=lora of the factors A and of the factors B, which is "
+        "not the mean of the updates B·A; median, trimmed_mean: value by value, whatever a minority sends, without "
+        "weights; concat, svd: for tune.method=lora, the exact weighted mean of the updates, of the rank of all "
+        "together, and its best approximation of rank; ties, dare: for tune.method=layers, deltas thinned out before "
+        "they are combined. Memory: docs/administration.md",
     )
     trim: Number = Field(
         0.1, ge=0, lt=0.5, description="trimmed_mean: share of the data owners left out at either end of every value"
