@@ -24,7 +24,7 @@ from typing import Any
 import ray
 
 from scaleot_ray.artifacts.artifact import Artifact
-from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, AuditLog, data_owner, evaluator
+from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, UNKNOWN_SENDER, AuditLog, data_owner, evaluator
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
@@ -284,11 +284,14 @@ class Coordinator(Role):
             ArtifactRefused: no such evaluator was declared, or the rows are not what may cross; the audit
                 log says so too.
         """
-        line = (evaluator(tenant), DRIVER, "table", len(data), hashlib.sha256(data).hexdigest())
+        # The name is whatever came: only that of a declared one is written and counted as a party.
+        sender = evaluator(tenant) if tenant in self._charge.metrics else UNKNOWN_SENDER
+        line = (sender, DRIVER, "table", len(data), hashlib.sha256(data).hexdigest())
         with self._recording_refusal(*line):
             if tenant not in self._charge.metrics:
                 raise ArtifactRefused(
-                    f"{evaluator(tenant)} is not declared in the settings.", "Set evaluator, or leave these rows out."
+                    f"{evaluator(tenant)[:80]!a} is not declared in the settings.",
+                    "Set evaluator, or leave these rows out.",
                 )
             unpack_table(data, tenant, self._charge.metrics[tenant])
         self._audit.record(*line)

@@ -212,7 +212,7 @@ def test_an_evaluators_table_is_a_crossing_of_its_own(
     publish(coordinator, parts.folder / "emulator", tmp_path)
     score = LossScore(np.array([1.5, 2.5]), np.array([1, 2]))
     table = TenantTable("bob", "loss", {"plug_in": score, "full_tuned": None})
-    with pytest.raises(ArtifactRefused, match="evaluator alice is not declared"):
+    with pytest.raises(ArtifactRefused, match="'evaluator alice' is not declared"):
         ray.get(coordinator.submit_table.remote("alice", pack_table(table)))
     bad = TenantTable("bob", "loss", {"plug_in": LossScore(np.array([1.5, np.nan]), np.array([1, 2]))})
     with pytest.raises(ArtifactRefused, match="plug_in: sums holds something else than finite numbers"):
@@ -221,7 +221,7 @@ def test_an_evaluators_table_is_a_crossing_of_its_own(
     assert table_json(ray.get(coordinator.table.remote("bob"))) == table_json(table)
     lines = [line for line in audit.read() if line["kind"] == "table"]
     assert [line["decision"] for line in lines] == ["refused", "refused", "sent"]
-    assert [line["sender"] for line in lines] == ["evaluator alice", "evaluator bob", "evaluator bob"]
+    assert [line["sender"] for line in lines] == ["unknown sender", "evaluator bob", "evaluator bob"]
     assert lines[2]["bytes"] == len(pack_table(table))
 
 

@@ -71,6 +71,20 @@ def test_what_does_not_fit_is_refused_by_name_and_hinders_nobody(
     assert bench.keeper.end(number).state == "finished"
 
 
+def test_a_later_round_refuses_another_method_as_the_first_does(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings(method="svd"), tunes=LORA, rounds=RoundSettings(count=2, quorum=1))
+    first = bench.begin()
+    bench.send("ann", first, bench.tiny.low_rank(0.5))
+    bench.keeper.end(first)
+    second, said = bench.begin(), len(bench.audit.read())
+    start = bench.keeper.registry.rounds.get(second).start
+    with pytest.raises(ArtifactRefused, match="tuned with method layers"):
+        bench.send("ann", second, bench.tiny.delta(1.0, start))
+    assert [line["decision"] for line in bench.audit.read()[said:]] == ["refused"]
+    bench.send("ann", second, bench.tiny.low_rank(0.25, start=start))
+    assert bench.keeper.end(second).state == "finished"
+
+
 def test_each_data_owner_may_have_a_rank_of_its_own(bench: Bench) -> None:
     bench.new(aggregation=AggregationSettings(method="concat"), tunes={**LORA, "ben": MORE["ben"]})
     number = bench.begin(["ann", "ben"])
