@@ -350,6 +350,7 @@ class Coordinator(Role):
             artifacts,
             charge.tunes,
         )
+        self._events.made_anew(self._opened.made_anew)
 
     def _share(self, artifact: Artifact) -> None:
         if self._opened is None:

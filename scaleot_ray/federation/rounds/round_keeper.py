@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from scaleot_ray.artifacts.delta_gate import ANY_START
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
-from scaleot_ray.errors import ConfigError
+from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
 from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
 from scaleot_ray.federation.rounds.artifact_location import Location, open_store
 from scaleot_ray.federation.rounds.fit import Fit
@@ -38,6 +39,11 @@ from scaleot_ray.federation.rounds.registry import (
 
 class RoundKeeper:
     """Keeper of the rounds on one emulator; a context manager that closes the registry.
+
+    Once it is open, revocations that were cut short are finished.
+
+    Attributes:
+        made_anew: rounds whose aggregate changed by that.
 
     Args:
         emulator: manifest of the emulator.
@@ -80,6 +86,11 @@ class RoundKeeper:
         self._aggregates = Aggregates(emulator, self.registry, self._store)
         self._weights, self._fit = dict(weights), Fit(emulator, tunes or {})
         self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights, self._fit)
+        self.made_anew: list[int] = []
+        # Where it cannot be done, whoever revokes or restores what is damaged must get here all the same; no round
+        # begins before it is done.
+        with suppress(ArtifactRefused, ResourcesMissing):
+            self.made_anew = self.finish_revocations()
 
     def __enter__(self) -> RoundKeeper:
         return self

@@ -56,3 +56,19 @@ def test_a_round(tiny: Path, tmp_path: Path) -> None:
         assert "end" not in acknowledged or at_once["rounds"] == ["finished"], one
         assert sorted(later["submitted"]) == later["of"] == ["ann", "ben"], one
         assert (later["rounds"][0], later["aggregate"], later["kept"]) == ("finished", 1.5, 3), one
+
+
+def test_a_revocation(tiny: Path, tmp_path: Path) -> None:
+    found = crashes(tiny, tmp_path, "revoke")
+    for step in ("UPDATE tenants", "open .1.safetensors", "INSERT INTO plug_ins", "os.r", "acknowledge revoked"):
+        assert any(one["before"].startswith(step) for one in found), step
+    cut_short = [one for one in found if one["at_once"]["states"]["ben"] == "revoked" and not one["acknowledged"]]
+    assert len(cut_short) > 5
+    for one in found:
+        at_once = one["at_once"]
+        # All of it, or nothing: whoever opens the registry next finishes what was begun. Of one delta alone the
+        # aggregate is that delta.
+        revoked = at_once["states"]["ben"] == "revoked"
+        expected = (["ann"], 1.0, 1) if revoked else (["ann", "ben"], 1.5, 3)
+        assert (at_once["of"], at_once["aggregate"], at_once["kept"]) == expected, one
+        assert not one["acknowledged"] or revoked, one
