@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def build_command(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="The full model: Hugging Face directory or id, or a .gguf file.")],
-    public: Annotated[str, typer.Option(help="Public text: .txt, .jsonl, .parquet, .arrow or a dataset folder.")],
+    public: Annotated[str, typer.Option(help="Public text: .txt, .jsonl, .csv, .parquet, .arrow or a dataset folder.")],
     output: Annotated[str, typer.Option(help="Folder of the emulator; what a data owner receives.")],
     alpha: Annotated[float | None, typer.Option(help="Fraction α of the middle layers to replace, 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Rank reduction β of the kept layers' attention, 0 to 1.")] = None,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def evaluate_command(
     context: typer.Context,
-    test: Annotated[str, typer.Option(help="Test rows: .txt, .jsonl, .parquet, .arrow or a dataset folder.")],
+    test: Annotated[str, typer.Option(help="Test rows: .txt, .jsonl, .csv, .parquet, .arrow or a dataset folder.")],
     model: Annotated[str | None, typer.Option(help="The full model: Hugging Face directory or id, or .gguf.")] = None,
     emulator: Annotated[str | None, typer.Option(help="Folder of an emulator.")] = None,
     delta: Annotated[str | None, typer.Option(help="Folder of a delta that was tuned on that emulator.")] = None,

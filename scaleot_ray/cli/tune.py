@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 def tune_command(
     context: typer.Context,
     emulator: Annotated[str, typer.Option(help="Folder of the emulator the model owner sent.")],
-    train: Annotated[str, typer.Option(help="Private training rows: .txt, .jsonl, .parquet, .arrow or a folder.")],
+    train: Annotated[
+        str, typer.Option(help="Private training rows: .txt, .jsonl, .csv, .parquet, .arrow or a folder.")
+    ],
     output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta is what goes back.")],
     test: Annotated[str | None, typer.Option(help="Held-out rows to measure before and after tuning.")] = None,
     validation: Annotated[

@@ -19,9 +19,13 @@ from scaleot_ray.result_folder import ResultFolder, ResultPlace
 class TenantSettings(Settings):
     """One data owner of a run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
-    train: DataSettings
-    test: DataSettings
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        description="at most 63 letters, digits, _, . and -, of which the first is a letter or digit; also the name "
+        "of its folder",
+    )
+    train: DataSettings = Field(description="private rows to tune on")
+    test: DataSettings = Field(description="private rows to measure on, before and after tuning")
     validation: DataSettings | None = Field(
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
     )
@@ -55,12 +59,14 @@ class RunSettings(OwnerSettings):
     placement: PlacementSettings = Field(
         PlacementSettings(), description="where parts go on a cluster, and how long they wait for room"
     )
-    tune: TuneSettings = TuneSettings()
+    tune: TuneSettings = Field(TuneSettings(), description="how data owners tune the plug-in layers")
     rounds: RoundSettings = Field(RoundSettings(), description="how often data owners tune, and who is waited for")
     aggregation: AggregationSettings | None = Field(
         None, description="make one plug-in of all data owners' deltas too; without it each has its own alone"
     )
-    tenants: tuple[TenantSettings, ...] = Field(min_length=1)
+    tenants: tuple[TenantSettings, ...] = Field(
+        min_length=1, description="data owners, one or more; each has a section of its own, as below"
+    )
     output: ResultFolder = Field(
         "scaleot-runs/run", description="folder of artefacts, audit log and report", validate_default=True
     )
