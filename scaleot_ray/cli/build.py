@@ -17,9 +17,9 @@ from scaleot_ray.cli.options import (
     Format,
     FormatOption,
     OverwriteOption,
-    SetOption,
     data_section,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import BuildSettings
@@ -56,7 +56,7 @@ def build_command(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: Annotated[list[str], set_option("stage_one.steps=50")] = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
@@ -73,7 +73,7 @@ def build_command(
       scaleot build --model my-model --public wiki.jsonl --output emulator
 
       scaleot build --model model.gguf --public notes.txt --output emulator \\
-          --alpha 0.5 --beta 0.8 --set stage_one.steps=120
+          --alpha 0.5 --beta 0.8 --dtype bfloat16
     """
     with working(context, "Run the same command again: stage 1 goes on from its last checkpoint.") as out:
         values = {

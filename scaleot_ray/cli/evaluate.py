@@ -18,11 +18,11 @@ from scaleot_ray.cli.options import (
     DtypeOption,
     Format,
     FormatOption,
-    SetOption,
     TaskOption,
     TemplateOption,
     data_section,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import EvaluateSettings
@@ -59,7 +59,7 @@ def evaluate_command(
     choice: ChoiceOption = [],  # noqa: B006
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: Annotated[list[str], set_option("block_size=256")] = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:

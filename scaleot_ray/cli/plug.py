@@ -15,8 +15,8 @@ from scaleot_ray.cli.options import (
     Format,
     FormatOption,
     OverwriteOption,
-    SetOption,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import PlugSettings
@@ -39,7 +39,7 @@ def plug_command(
     ] = False,
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006  typer copies it
+    overrides: Annotated[list[str], set_option("model.device=cpu")] = [],  # noqa: B006  typer copies it
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:

@@ -16,11 +16,11 @@ from scaleot_ray.cli.options import (
     Format,
     FormatOption,
     OverwriteOption,
-    SetOption,
     TaskOption,
     TemplateOption,
     data_section,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import TuneCommandSettings
@@ -51,7 +51,7 @@ def tune_command(
     name: Annotated[str | None, typer.Option(help="Name of the data owner, for progress and records.")] = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: Annotated[list[str], set_option("tune.learning_rate=5e-5")] = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
