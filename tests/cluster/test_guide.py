@@ -155,6 +155,13 @@ def test_figures_for_twenty_are_those_of_the_preflight() -> None:
     assert words in " ".join(PAGE.split())
 
 
+def test_the_readmes_figures_for_a_7b_model_are_those_of_the_preflight() -> None:
+    lora, layers = (_needs("7B", "bfloat16", method, 1) for method in ("lora", "layers"))
+    tuned = [_gigabytes(each.emulator + each.data_owners["tenant-0"].total) for each in (lora, layers)]
+    words = f"{_gigabytes(lora.owner.total)} GB to build, {tuned[0]} GB to tune with LoRA, {tuned[1]} GB to tune whole "
+    assert words in " ".join((PROJECT / "README.md").read_text().split())
+
+
 def test_twenty_in_four_processes_fit_into_the_pods_of_the_manifests() -> None:
     (each, claimed, pod) = re.findall(
         r"`tenants_per_process: (\d+)`.*?claim (\d+) GB.*?pod of (\d+) GiB", PAGE, flags=re.S
