@@ -194,8 +194,8 @@ class TestGpus:
                 self.run("auto", owner, alice, 0)
             assert caught.value.problem.startswith(f"run.yaml: {key}: ")
             assert f"found {gpus!r}" in caught.value.problem
-            assert "one GPU (1) or a share of it" in caught.value.remedy
-            assert "one GPU at most" in caught.value.remedy
+            assert "one GPU (1) or a share of one" in caught.value.remedy
+            assert "at most one GPU" in caught.value.remedy
 
 
 class TestTuneOfTenant:

@@ -90,5 +90,5 @@ class EvaluateSettings(Settings):
         "scaleot-runs/eval",
         validate_default=True,
         description="keeps finished rows and the checkpoint of full_tuned, so that an interrupted evaluation goes on; "
-        "it depends on the test rows, so it stays where they are; null keeps nothing",
+        "it depends on the test rows, so keep it where they are; null keeps nothing",
     )

@@ -14,7 +14,7 @@ class ModelSettings(Settings):
 
     path: str = Field(description="Hugging Face directory or id, or a .gguf file")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="type the weights are loaded as"
+        "float32", description="type the weights are loaded as; build, eval and plug need the same"
     )
     tokenizer: str | None = Field(None, description="directory or id of the tokenizer; default: the model's own")
     device: str = Field(

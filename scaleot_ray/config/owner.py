@@ -16,9 +16,9 @@ class StageOneSettings(Settings):
     harmonizer_rank: int = Field(128, ge=2, description="hidden units of a harmonizer, r in W_down ∈ R^{r×d}")
     activation: Literal["silu", "gelu", "relu", "identity"] = Field(
         "identity",
-        description="identity: harmonizers are linear maps of rank harmonizer_rank, which emulator.fit_tokens fits "
-        "anew; of others it keeps the hidden units that stage 1 trained, which pays where steps are many. silu: the "
-        "paper's kind",
+        description="identity: harmonizers are linear maps of rank harmonizer_rank, which the fit on "
+        "emulator.fit_tokens makes anew; for the others that fit keeps the hidden units that stage 1 trained, which "
+        "pays with many steps. silu: the paper's kind",
     )
     start: Literal["closed_form", "random"] = Field(
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
