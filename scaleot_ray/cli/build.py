@@ -65,7 +65,7 @@ def build_command(
     Reads the model and the public text. Writes the emulator to --output and
     stage-1 results (harmonizers, layer scores, checkpoints) to --cache; they are
     reused for every other α and β. The emulator passes the gate first, and a line
-    of audit.jsonl beside --output says so. One that hides nothing
+    of audit.jsonl beside --output says so. An emulator that hides nothing
     (emulator.allow_unprotected) gets no line: it must not be sent.
 
     Examples:

@@ -38,8 +38,8 @@ def demo_command(
 
     Reads the model (135M parameters) and text that comes with Python: the
     language reference and docstrings of installed packages. Writes artefacts,
-    audit log and report to --output. Takes up to 15 minutes and 10 GB on 2
-    cores; a second call reuses stage 1.
+    audit log and report to --output. Takes up to 15 minutes and 10 GB of memory
+    on 2 cores; a second call reuses stage 1.
 
     Examples:
 

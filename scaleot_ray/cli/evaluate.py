@@ -68,9 +68,10 @@ def evaluate_command(
     Reads what is given: the full model, an emulator, a delta, test rows. The
     table (or with --format json the object of docs/json.md) goes to stdout.
     Writes finished rows, and checkpoints of full_tuned while it is tuned, to
-    --folder: the same command takes them from there, others write over them.
-    Rows whose inputs are missing stay out; an input that no row can use is
-    refused:
+    --folder: the same command reuses them, other commands overwrite them. Give
+    the --task and block_size that the data owner tuned with (--set
+    block_size=N, tune.block_size there). Rows whose inputs are missing are left
+    out; an input that no row can use is refused:
 
       full_zero_shot       --model
 

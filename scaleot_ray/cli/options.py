@@ -65,7 +65,11 @@ DebugOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --output.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="Type the weights are loaded as: float32 (default), bfloat16, float16, float64.")
+    str | None,
+    typer.Option(
+        help="Type the weights are loaded as: float32 (default), bfloat16, float16, float64; the same for build, "
+        "eval and plug."
+    ),
 ]
 TaskOption = Annotated[
     str | None,

@@ -37,7 +37,7 @@ def tune_command(
     train: Annotated[
         str, typer.Option(help="Private training rows: .txt, .jsonl, .csv, .parquet, .arrow or a folder.")
     ],
-    output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta is what goes back.")],
+    output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta and OUTPUT/metrics go back.")],
     test: Annotated[str | None, typer.Option(help="Held-out rows to measure before and after tuning.")] = None,
     validation: Annotated[
         str | None,
@@ -58,10 +58,10 @@ def tune_command(
     """Tune the plug-in layers of an emulator on private data.
 
     Reads the emulator and the data; the original weights are not needed. Writes
-    OUTPUT/delta (what tuning changed) and OUTPUT/metrics (a few numbers). Nothing
-    else is meant to leave the data owner. The emulator passes the gate when it is
-    read, delta and metrics before they are written; lines of OUTPUT/audit.jsonl
-    say so, also of what is refused. An emulator that hides nothing is refused.
+    OUTPUT/delta (what tuning changed) and OUTPUT/metrics (a few numbers): send
+    these two folders and nothing else. The emulator passes the gate when it is
+    read, delta and metrics before they are written; OUTPUT/audit.jsonl records
+    that, refusals too. An emulator that hides nothing is refused.
 
     Examples:
 
@@ -69,7 +69,7 @@ def tune_command(
 
       scaleot tune --emulator emulator --train qa.jsonl --output tuned \\
           --task completion --column prompt=question --column completion=answer \\
-          --method lora --set tune.learning_rate=5e-4
+          --method lora --set tune.steps=750 --set tune.block_size=512
     """
     with working(context, "Run the same command again: tuning goes on from its last checkpoint.") as out:
         values = {
