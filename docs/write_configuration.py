@@ -25,7 +25,7 @@ SECTIONS: dict[str, list[tuple[str, type[Settings]]]] = {
     ],
     "Sections": [
         ("`model`", config.ModelSettings),
-        ("`public`, `train`, `test`", config.DataSettings),
+        ("`public`, `train`, `test`, `validation`", config.DataSettings),
         ("`stage_one`", config.StageOneSettings),
         ("`emulator`", config.EmulatorSettings),
         ("`tune`", config.TuneSettings),

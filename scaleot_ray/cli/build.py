@@ -17,9 +17,9 @@ from scaleot_ray.cli.options import (
     Format,
     FormatOption,
     OverwriteOption,
-    SetOption,
     data_section,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import BuildSettings
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def build_command(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="The full model: Hugging Face directory or id, or a .gguf file.")],
-    public: Annotated[str, typer.Option(help="Public text: .txt, .jsonl, .parquet, .arrow or a dataset folder.")],
+    public: Annotated[str, typer.Option(help="Public text: .txt, .jsonl, .csv, .parquet, .arrow or a dataset folder.")],
     output: Annotated[str, typer.Option(help="Folder of the emulator; what a data owner receives.")],
     alpha: Annotated[float | None, typer.Option(help="Fraction α of the middle layers to replace, 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Rank reduction β of the kept layers' attention, 0 to 1.")] = None,
@@ -56,7 +56,7 @@ def build_command(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: Annotated[list[str], set_option("stage_one.steps=50")] = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
@@ -65,7 +65,7 @@ def build_command(
     Reads the model and the public text. Writes the emulator to --output and
     stage-1 results (harmonizers, layer scores, checkpoints) to --cache; they are
     reused for every other α and β. The emulator passes the gate first, and a line
-    of audit.jsonl beside --output says so. One that hides nothing
+    of audit.jsonl beside --output says so. An emulator that hides nothing
     (emulator.allow_unprotected) gets no line: it must not be sent.
 
     Examples:
@@ -73,7 +73,7 @@ def build_command(
       scaleot build --model my-model --public wiki.jsonl --output emulator
 
       scaleot build --model model.gguf --public notes.txt --output emulator \\
-          --alpha 0.5 --beta 0.8 --set stage_one.steps=120
+          --alpha 0.5 --beta 0.8 --dtype bfloat16
     """
     with working(context, "Run the same command again: stage 1 goes on from its last checkpoint.") as out:
         values = {

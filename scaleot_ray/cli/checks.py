@@ -58,7 +58,6 @@ def all_checks() -> Iterator[Check]:
     yield disk(Path.cwd())
     yield shared_memory(machine.shared_memory)
     yield gpu()
-    yield deepspeed()
     yield from ray_checks()
 
 
@@ -89,7 +88,9 @@ def packages() -> Check:
         elif requirement.name in ("torch", "transformers", "ray"):
             found.append(f"{requirement.name} {version}")
     if wrong:
-        return Check("packages", "fail", "; ".join(wrong), "Install again: pip install --upgrade scaleot_ray.")
+        return Check(
+            "packages", "fail", "; ".join(wrong), "Install again, in the folder of the project: pip install --upgrade ."
+        )
     return Check("packages", "ok", ", ".join(found))
 
 
@@ -164,19 +165,6 @@ def gpu() -> Check:
     return Check("gpu", "ok", "none; everything runs on the CPU")
 
 
-def deepspeed() -> Check:
-    """The extra for sharded training, if it is installed, is whole."""
-    try:
-        version = metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        return Check("deepspeed", "ok", "not installed; only models larger than one device need the extra")
-    missing = [name for name in ("ninja", "c++") if shutil.which(name) is None and not _beside_python(name)]
-    if missing:
-        remedy = "pip install 'scaleot_ray[deepspeed]' brings ninja; a C++ compiler comes from the system's packages."
-        return Check("deepspeed", "warn", f"{version} without {' and '.join(missing)}", remedy)
-    return Check("deepspeed", "ok", f"{version} with ninja and a compiler")
-
-
 def ray_checks() -> Iterator[Check]:
     """Ray starts, and its object store hands out arrays without copying them."""
     from scaleot_ray.federation.resources.machine import session_folder
@@ -222,7 +210,3 @@ _RAY_REMEDY = (
     "Stop Rays that were left running (ray stop), check that localhost resolves and the temporary folder is "
     "writable and not full."
 )
-
-
-def _beside_python(name: str) -> bool:
-    return (Path(sys.executable).parent / name).exists()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from scaleot_ray.cli.options import DebugOption, Format, FormatOption, SetOption
+from scaleot_ray.cli.options import DebugOption, Format, FormatOption, set_option
 from scaleot_ray.cli.output import working
 from scaleot_ray.cli.run import run
 from scaleot_ray.config import RunSettings, override, parse
@@ -30,7 +30,7 @@ def demo_command(
     ] = None,
     output: Annotated[str, typer.Option(help="Folder of everything the demo writes.")] = "scaleot-runs/demo",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: forget stage 1 and results in --output.")] = False,
-    overrides: SetOption = [],  # noqa: B006  typer copies it
+    overrides: Annotated[list[str], set_option("tune.learning_rate=5e-5")] = [],  # noqa: B006  typer copies it
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
@@ -38,8 +38,8 @@ def demo_command(
 
     Reads the model (135M parameters) and text that comes with Python: the
     language reference and docstrings of installed packages. Writes artefacts,
-    audit log and report to --output. Takes up to 15 minutes and 10 GB on 2
-    cores; a second call reuses stage 1.
+    audit log and report to --output. Takes up to 15 minutes and 10 GB of memory
+    on 2 cores; a second call reuses stage 1.
 
     Examples:
 

@@ -18,11 +18,11 @@ from scaleot_ray.cli.options import (
     DtypeOption,
     Format,
     FormatOption,
-    SetOption,
     TaskOption,
     TemplateOption,
     data_section,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import EvaluateSettings
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def evaluate_command(
     context: typer.Context,
-    test: Annotated[str, typer.Option(help="Test rows: .txt, .jsonl, .parquet, .arrow or a dataset folder.")],
+    test: Annotated[str, typer.Option(help="Test rows: .txt, .jsonl, .csv, .parquet, .arrow or a dataset folder.")],
     model: Annotated[str | None, typer.Option(help="The full model: Hugging Face directory or id, or .gguf.")] = None,
     emulator: Annotated[str | None, typer.Option(help="Folder of an emulator.")] = None,
     delta: Annotated[str | None, typer.Option(help="Folder of a delta that was tuned on that emulator.")] = None,
@@ -59,7 +59,7 @@ def evaluate_command(
     choice: ChoiceOption = [],  # noqa: B006
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: Annotated[list[str], set_option("block_size=256")] = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
@@ -68,9 +68,10 @@ def evaluate_command(
     Reads what is given: the full model, an emulator, a delta, test rows. The
     table (or with --format json the object of docs/json.md) goes to stdout.
     Writes finished rows, and checkpoints of full_tuned while it is tuned, to
-    --folder: the same command takes them from there, others write over them.
-    Rows whose inputs are missing stay out; an input that no row can use is
-    refused:
+    --folder: the same command reuses them, other commands overwrite them. Give
+    the --task and block_size that the data owner tuned with (--set
+    block_size=N, tune.block_size there). Rows whose inputs are missing are left
+    out; an input that no row can use is refused:
 
       full_zero_shot       --model
 

@@ -19,7 +19,7 @@ from scaleot_ray.cli.demo import demo_command
 from scaleot_ray.cli.doctor import doctor_command
 from scaleot_ray.cli.evaluate import evaluate_command
 from scaleot_ray.cli.inspect import inspect_command
-from scaleot_ray.cli.options import DebugOption, Format, FormatOption, SetOption
+from scaleot_ray.cli.options import DebugOption, Format, FormatOption, set_option
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.plug import plug_command
 from scaleot_ray.cli.run import run_command
@@ -130,7 +130,7 @@ def job(settings: type[Section], do: Callable[[Section, Output], None], descript
     def run_job(
         context: typer.Context,
         config: Annotated[str, typer.Argument(help="YAML file with the job's settings.", metavar="CONFIG.yaml")],
-        overrides: SetOption = [],  # noqa: B006  typer copies it
+        overrides: Annotated[list[str], set_option()] = [],  # noqa: B006  typer copies it
         format: FormatOption = Format.text,
         debug: DebugOption = False,
     ) -> None:

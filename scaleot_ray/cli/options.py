@@ -21,6 +21,17 @@ class Format(str, Enum):
     json = "json"
 
 
+def set_option(example: str = "") -> Any:
+    """``--set``, with an example of the command's own keys in its help."""
+    such = f", e.g. {example}" if example else ""
+    return typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Any setting by its dotted key{such}; may be given many times. "
+        "Wins over the other options. All keys: docs/configuration.md.",
+    )
+
+
 def _choose_format(context: typer.Context, value: Format) -> Format:
     context.obj.json = value is Format.json
     return value
@@ -51,19 +62,14 @@ DebugOption = Annotated[
         help="Show the stack trace of an error and what the libraries print.",
     ),
 ]
-SetOption = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Any setting by its dotted key, e.g. tune.learning_rate=5e-5; may be given many times. "
-        "Wins over the other options. All keys: docs/configuration.md.",
-    ),
-]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --output.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="Type the weights are loaded as: float32 (default), bfloat16, float16, float64.")
+    str | None,
+    typer.Option(
+        help="Type the weights are loaded as: float32 (default), bfloat16, float16, float64; the same for build, "
+        "eval and plug."
+    ),
 ]
 TaskOption = Annotated[
     str | None,

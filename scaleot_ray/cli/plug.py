@@ -15,8 +15,8 @@ from scaleot_ray.cli.options import (
     Format,
     FormatOption,
     OverwriteOption,
-    SetOption,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import PlugSettings
@@ -39,7 +39,7 @@ def plug_command(
     ] = False,
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006  typer copies it
+    overrides: Annotated[list[str], set_option("model.device=cpu")] = [],  # noqa: B006  typer copies it
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
@@ -47,8 +47,8 @@ def plug_command(
 
     Reads the full model, the emulator's manifest and tokenizer and the delta, and
     takes the delta through the gate: it must belong to that emulator and hold
-    nothing else; a line of audit.jsonl beside --output says so, also of one that
-    is refused. The full model's tokenizer must be the emulator's.
+    nothing else; a line of audit.jsonl beside --output records that, or why it
+    was refused. Weights, --dtype and tokenizer must be those of the build.
     Writes a Hugging Face checkpoint, or with --adapter a standard PEFT adapter.
 
     Examples:
@@ -56,8 +56,8 @@ def plug_command(
       scaleot plug --model my-model --emulator emulator --delta tuned/delta \\
           --output my-model-tuned
 
-      scaleot plug --model my-model --emulator emulator --delta tuned/delta \\
-          --output my-lora --adapter
+      scaleot plug --model my-7b --emulator emulator --delta tuned/delta \\
+          --output my-lora --adapter --dtype bfloat16
     """
     with working(context, "Run the same command again; nothing half-written is left.") as out:
         values = {

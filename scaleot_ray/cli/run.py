@@ -1,4 +1,4 @@
-"""``scaleot run CONFIG.yaml``: a whole run on this machine."""
+"""``scaleot run CONFIG.yaml``: a whole run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scaleot_ray.cli.bars import clock
-from scaleot_ray.cli.options import DebugOption, Format, FormatOption, SetOption
+from scaleot_ray.cli.options import DebugOption, Format, FormatOption, set_option
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.run_table import RunTable
 from scaleot_ray.cli.tables import bytes_text, margin_text, privacy_text, show_standard_table
@@ -22,17 +22,19 @@ if TYPE_CHECKING:
 def run_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG.yaml")],
-    overrides: SetOption = [],  # noqa: B006  typer copies it
+    overrides: Annotated[list[str], set_option("tune.learning_rate=5e-5")] = [],  # noqa: B006  typer copies it
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
-    """Run what a YAML file describes: build, tune, plug in, evaluate.
+    """Run what a YAML file describes: build, tune, aggregate, evaluate.
 
     Reads the file (examples/ has some; docs/configuration.md lists every key) and
-    what it names. All data owners tune at the same time; on a terminal a table
-    shows what each does. Writes artefacts, audit log and report to the folder
-    that its key output names. Starts a Ray of its own on this machine and stops
-    it at the end.
+    what it names. Data owners tune at the same time, at most tenants_at_once or
+    as many as fit; on a terminal a table shows what each does. Writes emulator,
+    deltas, audit log and report to the folder that its key output names. It
+    writes no checkpoint of the tuned model: scaleot plug makes one from a delta.
+    Starts a Ray of its own on this machine and stops it at the end, unless
+    RAY_ADDRESS names one; environment: cluster needs one that is there.
 
     Examples:
 

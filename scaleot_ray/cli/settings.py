@@ -37,14 +37,14 @@ class TuneCommandSettings(Settings):
 
     emulator: str = Field(description="folder of an emulator artefact")
     name: str = Field("data owner", description="name of the data owner, for progress and records")
-    train: DataSettings
+    train: DataSettings = Field(description="private rows to tune on")
     test: DataSettings | None = Field(
         None, description="held-out rows for the metrics; nothing about tuning depends on them"
     )
     validation: DataSettings | None = Field(
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
     )
-    tune: TuneSettings = TuneSettings()
+    tune: TuneSettings = Field(TuneSettings(), description="how the plug-in layers are tuned")
     output: ResultFolder = Field(description="folder; output/delta and output/metrics are what may be sent back")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     evaluate_examples: int | None = Field(
@@ -73,7 +73,7 @@ class EvaluateSettings(Settings):
     model: ModelSettings | None = Field(None, description="the full model; for three of the five rows")
     emulator: str | None = Field(None, description="folder of an emulator artefact")
     delta: str | None = Field(None, description="folder of a delta artefact")
-    test: DataSettings
+    test: DataSettings = Field(description="rows to measure on")
     train: DataSettings | None = Field(None, description="training rows; for full_tuned only")
     validation: DataSettings | None = Field(
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
@@ -83,12 +83,12 @@ class EvaluateSettings(Settings):
     evaluate_examples: int | None = Field(
         None, ge=1, description="at most so many test rows or blocks, and so many for validation"
     )
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="sequences per forward pass")
     block_size: int = Field(128, ge=8, description="tokens per sequence")
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     folder: ResultFolder | None = Field(
         "scaleot-runs/eval",
         validate_default=True,
         description="keeps finished rows and the checkpoint of full_tuned, so that an interrupted evaluation goes on; "
-        "it depends on the test rows, so it stays where they are; null keeps nothing",
+        "it depends on the test rows, so keep it where they are; null keeps nothing",
     )

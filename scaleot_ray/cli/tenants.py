@@ -25,18 +25,18 @@ _NAME = "NAME"
 def tenants_command(
     context: typer.Context,
     run: RunArgument,
-    pause: Annotated[str, typer.Option(help="This data owner starts nothing new.", metavar=_NAME)] = "",
-    resume: Annotated[str, typer.Option(help="Takes part again from the next round.", metavar=_NAME)] = "",
-    cancel: Annotated[str, typer.Option(help="Takes no further part; final.", metavar=_NAME)] = "",
+    pause: Annotated[str, typer.Option(help="Let this data owner start nothing new.", metavar=_NAME)] = "",
+    resume: Annotated[str, typer.Option(help="Let it take part again from the next round.", metavar=_NAME)] = "",
+    cancel: Annotated[str, typer.Option(help="End its part for good.", metavar=_NAME)] = "",
     reason: ReasonOption = "",
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
     """Show the data owners of a run; pause one, let it in again, cancel it.
 
-    Reads the registry. Writes to it with --pause, --resume or --cancel, also
-    while the run is under way: who tunes just then is ended. What a cancelled
-    data owner has submitted counts; `scaleot revoke` withdraws that too.
+    Reads the registry. Writes to it with --pause, --resume or --cancel, even
+    while the run is under way: a data owner that is tuning then is stopped. What
+    a cancelled one has submitted counts; `scaleot revoke` withdraws that too.
 
     Examples:
 
@@ -66,17 +66,17 @@ def revoke_command(
 ) -> None:
     """Withdraw everything that came from a data owner. This is final.
 
-    Reads and writes the registry of a run, also while it is under way. The data
-    owner's plug-ins are removed, and every aggregate that it was part of is made
-    anew without it, as are those on top. Nothing more is taken from it. That
-    others once began a round with something it was part of is not undone. Its
-    own folder in the run stays: it is its own.
+    Reads and writes the registry of a run, even while it is under way. The data
+    owner's plug-ins are removed; every aggregate that it contributed to, and
+    those that build on such ones, are made again without it. Nothing more is
+    accepted from it. This does not undo that others have begun rounds with such
+    an aggregate. The data owner's own folder in the run stays.
 
     Example:
 
       scaleot revoke scaleot-runs/rounds carol --reason "withdrew consent"
     """
-    with working(context, "Run the same command again; it goes on where it was.") as out:
+    with working(context, "Run the same command again; it continues where it was.") as out:
         changed = _administer(run, "revoke", name, reason)
         for number in changed:
             out.note(f"The aggregate of round {number} was made anew without {name}.")

@@ -16,11 +16,11 @@ from scaleot_ray.cli.options import (
     Format,
     FormatOption,
     OverwriteOption,
-    SetOption,
     TaskOption,
     TemplateOption,
     data_section,
     given,
+    set_option,
 )
 from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.settings import TuneCommandSettings
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 def tune_command(
     context: typer.Context,
     emulator: Annotated[str, typer.Option(help="Folder of the emulator the model owner sent.")],
-    train: Annotated[str, typer.Option(help="Private training rows: .txt, .jsonl, .parquet, .arrow or a folder.")],
-    output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta is what goes back.")],
+    train: Annotated[
+        str, typer.Option(help="Private training rows: .txt, .jsonl, .csv, .parquet, .arrow or a folder.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder of the result; OUTPUT/delta and OUTPUT/metrics go back.")],
     test: Annotated[str | None, typer.Option(help="Held-out rows to measure before and after tuning.")] = None,
     validation: Annotated[
         str | None,
@@ -49,17 +51,17 @@ def tune_command(
     name: Annotated[str | None, typer.Option(help="Name of the data owner, for progress and records.")] = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: Annotated[list[str], set_option("tune.learning_rate=5e-5")] = [],  # noqa: B006
     format: FormatOption = Format.text,
     debug: DebugOption = False,
 ) -> None:
     """Tune the plug-in layers of an emulator on private data.
 
     Reads the emulator and the data; the original weights are not needed. Writes
-    OUTPUT/delta (what tuning changed) and OUTPUT/metrics (a few numbers). Nothing
-    else is meant to leave the data owner. The emulator passes the gate when it is
-    read, delta and metrics before they are written; lines of OUTPUT/audit.jsonl
-    say so, also of what is refused. An emulator that hides nothing is refused.
+    OUTPUT/delta (what tuning changed) and OUTPUT/metrics (a few numbers): send
+    these two folders and nothing else. The emulator passes the gate when it is
+    read, delta and metrics before they are written; OUTPUT/audit.jsonl records
+    that, refusals too. An emulator that hides nothing is refused.
 
     Examples:
 
@@ -67,7 +69,7 @@ def tune_command(
 
       scaleot tune --emulator emulator --train qa.jsonl --output tuned \\
           --task completion --column prompt=question --column completion=answer \\
-          --method lora --set tune.learning_rate=5e-4
+          --method lora --set tune.steps=750 --set tune.block_size=512
     """
     with working(context, "Run the same command again: tuning goes on from its last checkpoint.") as out:
         values = {

@@ -14,7 +14,7 @@ class ModelSettings(Settings):
 
     path: str = Field(description="Hugging Face directory or id, or a .gguf file")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="type the weights are loaded as"
+        "float32", description="type the weights are loaded as; build, eval and plug need the same"
     )
     tokenizer: str | None = Field(None, description="directory or id of the tokenizer; default: the model's own")
     device: str = Field(
@@ -30,9 +30,9 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """A dataset and how its rows become tokens."""
 
-    path: str = Field(description="file, folder of files, or a folder written by datasets.save_to_disk")
-    format: Literal["auto", "text", "jsonl", "parquet", "arrow", "hf"] = Field(
-        "auto", description="file format; auto goes by the file's ending"
+    path: str = Field(description="a file, a folder of files, or a folder written by datasets.save_to_disk")
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow", "csv", "tsv", "hf"] = Field(
+        "auto", description="file format; auto goes by the file's ending; text takes each file as one document"
     )
     task: Literal["text", "completion", "choice", "chat"] = Field(
         "text",
@@ -40,12 +40,14 @@ class DataSettings(Settings):
         "among several; chat: messages through the tokenizer's template, loss on the assistant's turns",
     )
     split: str | None = Field(None, description="split of a dataset folder that holds several")
-    text_column: str = "text"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    messages_column: str = "messages"
-    choices_column: str = "choices"
-    label_column: str = Field("label", description="the right choice: its index from 0, its text or its letter")
+    text_column: str = Field("text", description="for text: the column of documents")
+    prompt_column: str = Field("prompt", description="for completion and choice: the column of prompts")
+    completion_column: str = Field("completion", description="for completion: the column of what is to be learned")
+    messages_column: str = Field("messages", description="for chat: the column of lists of messages")
+    choices_column: str = Field("choices", description="for choice: the column of lists of answers")
+    label_column: str = Field(
+        "label", description="for choice: the column of right answers: index from 0, text or letter"
+    )
     prompt_template: str | None = Field(
         None, description="for choice and completion: the prompt, with {column} for a column's value"
     )

@@ -16,9 +16,9 @@ class StageOneSettings(Settings):
     harmonizer_rank: int = Field(128, ge=2, description="hidden units of a harmonizer, r in W_down ∈ R^{r×d}")
     activation: Literal["silu", "gelu", "relu", "identity"] = Field(
         "identity",
-        description="identity: harmonizers are linear maps of rank harmonizer_rank, which emulator.fit_tokens fits "
-        "anew; of others it keeps the hidden units that stage 1 trained, which pays where steps are many. silu: the "
-        "paper's kind",
+        description="identity: harmonizers are linear maps of rank harmonizer_rank, which the fit on "
+        "emulator.fit_tokens makes anew; for the others that fit keeps the hidden units that stage 1 trained, which "
+        "pays with many steps. silu: the paper's kind",
     )
     start: Literal["closed_form", "random"] = Field(
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
@@ -41,10 +41,10 @@ class StageOneSettings(Settings):
         "distill", description="distill: KL to the full model's logits; lm: the paper's language-model loss"
     )
     steps: int = Field(20, ge=0, description="harmonizer (DL) steps")
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, description="sequences per step")
     block_size: int = Field(128, ge=8, description="tokens per sequence")
-    learning_rate: Number = Field(1e-3, gt=0)
-    weight_decay: Number = Field(0.0, ge=0)
+    learning_rate: Number = Field(1e-3, gt=0, description="of the harmonizers, with AdamW")
+    weight_decay: Number = Field(0.0, ge=0, description="of the harmonizers, with AdamW")
     group_size: int = Field(4, ge=2, description="neighbouring middle layers per group")
     masked_fraction: Number = Field(
         0.5,
@@ -60,7 +60,7 @@ class StageOneSettings(Settings):
     checkpoint_every: int = Field(
         20, ge=1, description="steps between two checkpoints; one is also written after every minute"
     )
-    seed: int = 0
+    seed: int = Field(0, description="of batches, masks, random starts and generated text")
 
     def decisive(self) -> dict[str, Any]:
         """The keys that a result depends on, as plain values: equal ones give the same harmonizers and scores."""
@@ -101,7 +101,11 @@ class EmulatorSettings(Settings):
         description="of that fit: gradient steps for each kept layer's compressed attention, which then follows the "
         "full model's more closely; 0: closed form only",
     )
-    builder: Literal["scaleot", "uniform_drop"] = "scaleot"
+    builder: Literal["scaleot", "uniform_drop"] = Field(
+        "scaleot",
+        description="scaleot: harmonizers in place of the least important layers; uniform_drop: for comparison, layers "
+        "are dropped so that those kept are evenly spaced (Offsite-Tuning)",
+    )
     allow_unprotected: bool = Field(
         False, description="build what hides nothing, for experiments; such an artefact is never sent"
     )

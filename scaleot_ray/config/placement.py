@@ -26,11 +26,11 @@ class PlacementSettings(Settings):
     timeout: Number = Field(
         300.0,
         gt=0,
-        description="seconds without any part of the run at work after which one that has no place on a node is given "
-        "up; where it is a data owner's tuning, the round goes on without it if rounds.quorum holds",
+        description="seconds in which no part of the run is at work, after which a part that waits for a node is given "
+        "up; if that is a data owner's tuning, the round goes on without it as long as rounds.quorum holds",
     )
     autoscaling: bool = Field(
         False,
-        description="the cluster adds nodes when they are asked for, so wait for one instead of refusing at once what "
-        "no present node has",
+        description="the cluster adds nodes on demand: wait for a node instead of refusing at once what no present "
+        "node has",
     )

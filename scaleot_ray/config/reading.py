@@ -83,7 +83,10 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {item}: expected key=value.", "For example --set tune.learning_rate=5e-5.")
+            raise ConfigError(
+                f"--set {item}: expected key=value.",
+                "Give a key of docs/configuration.md a value: --set section.key=5e-5.",
+            )
         place: Any = result
         *path, last = key.split(".")
         for part in path:

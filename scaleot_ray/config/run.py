@@ -19,18 +19,22 @@ from scaleot_ray.result_folder import ResultFolder, ResultPlace
 class TenantSettings(Settings):
     """One data owner of a run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
-    train: DataSettings
-    test: DataSettings
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        description="at most 63 letters, digits, _, . and -, of which the first is a letter or digit; also the name "
+        "of its folder",
+    )
+    train: DataSettings = Field(description="private rows to tune on")
+    test: DataSettings = Field(description="private rows to measure on, before and after tuning")
     validation: DataSettings | None = Field(
         None, description="rows for tune.evaluate_every; default: tune.validation_fraction of train"
     )
-    cpus: int = Field(1, ge=1, description="processors it tunes with, and the evaluator measures its rows with")
+    cpus: int = Field(1, ge=1, description="processors for its tuning, and for the evaluator of its rows")
     gpus: Number = Field(
-        0.0, ge=0, le=1, description="one GPU (1) or a share of it, for the same; an actor computes on one GPU at most"
+        0.0, ge=0, le=1, description="one GPU (1) or a share of one, for the same; an actor uses at most one GPU"
     )
     memory_gb: Number | None = Field(
-        None, gt=0, description="memory that its part claims, in 10^9 bytes; default: estimated from model and batch"
+        None, gt=0, description="memory requested for its part, in 10^9 bytes; default: estimated from model and batch"
     )
     node_labels: Labels = Field(
         {}, description="on a cluster: labels (ray start --labels key=value) of the nodes that have its data"
@@ -41,8 +45,8 @@ class TenantSettings(Settings):
     weight: Number = Field(
         1.0,
         ge=0,
-        description="of its delta in the aggregate, e.g. how many rows it has; 0: it stays out of every aggregate, and "
-        "has its own plug-in alone",
+        description="of its delta in the aggregate, e.g. its number of rows; 0: it enters no aggregate and has only its "
+        "own plug-in",
     )
     tune: TuneSettings | None = Field(
         None, description="keys that differ for this data owner; the others come from the run's tune section"
@@ -60,12 +64,16 @@ class RunSettings(OwnerSettings):
     placement: PlacementSettings = Field(
         PlacementSettings(), description="where parts go on a cluster, and how long they wait for room"
     )
-    tune: TuneSettings = TuneSettings()
-    rounds: RoundSettings = Field(RoundSettings(), description="how often data owners tune, and who is waited for")
-    aggregation: AggregationSettings | None = Field(
-        None, description="make one plug-in of all data owners' deltas too; without it each has its own alone"
+    tune: TuneSettings = Field(TuneSettings(), description="how data owners tune the plug-in layers")
+    rounds: RoundSettings = Field(
+        RoundSettings(), description="how often data owners tune, and how long they are waited for"
     )
-    tenants: tuple[TenantSettings, ...] = Field(min_length=1)
+    aggregation: AggregationSettings | None = Field(
+        None, description="also combine all data owners' deltas into one plug-in; without it each only has its own"
+    )
+    tenants: tuple[TenantSettings, ...] = Field(
+        min_length=1, description="data owners, one or more; each has a section of its own, as below"
+    )
     output: ResultFolder = Field(
         "scaleot-runs/run", description="folder of artefacts, audit log and report", validate_default=True
     )
@@ -76,7 +84,7 @@ class RunSettings(OwnerSettings):
         1,
         ge=1,
         description="at most so many data owners with tune.method=lora share one process and one pass through the "
-        "emulator's frozen weights (packed); only such as claim the same cpus and gpus on the same node_labels",
+        "emulator's frozen weights (packed), provided that their cpus, gpus and node_labels are the same",
     )
     evaluator: bool = Field(
         False,
@@ -85,7 +93,7 @@ class RunSettings(OwnerSettings):
     )
     registry: str | None = Field(
         None,
-        description="folder of the registry, on a disk of this machine; default: coordinator/ in output",
+        description="folder of the registry, on a local disk of the job's node; default: coordinator/ in output",
     )
     artifacts: ResultPlace | None = Field(
         None,
@@ -95,13 +103,12 @@ class RunSettings(OwnerSettings):
     evaluate_examples: int | None = Field(
         None, ge=1, description="at most so many test rows or blocks per tenant, and so many for validation"
     )
-    owner_cpus: int = Field(2, ge=1, description="processors the model owner builds with")
+    owner_cpus: int = Field(2, ge=1, description="processors for the model owner's build")
     owner_gpus: Number = Field(
         0.0,
         ge=0,
         le=1,
-        description="one GPU (1) or a share of it, that the model owner builds with; an actor computes on one GPU "
-        "at most",
+        description="one GPU (1) or a share of one for the model owner's build; an actor uses at most one GPU",
     )
 
     @model_validator(mode="after")

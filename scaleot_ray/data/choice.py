@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,18 @@ def read_choices(row: Row, settings: DataSettings) -> Choices:
 
 def _label(row: Row, column: str, texts: list[str], names: list[str]) -> int:
     label = row.value(column, "label_column")
+    if isinstance(label, str):
+        # ARC names its answers A-D or 1-4 beside their texts; a plain list can be meant by text or by letter.
+        for known in (names, texts, list(string.ascii_uppercase[: len(texts)])):
+            if label in known:
+                _check_unambiguous(label, known, known is texts, f"{row.where}: the label in column {column!r}")
+                return known.index(label)
+        if not re.fullmatch("-?[0-9]+", label):  # the numbers of a CSV file are text
+            raise DataError(
+                f"{row.where}: the label {short(label)} in column {column!r} is none of the choices ({short(texts)}).",
+                "Write the index of the right choice from 0, its text, or its letter.",
+            )
+        label = int(label)
     if isinstance(label, int):
         if 0 <= label < len(texts):
             return int(label)
@@ -63,16 +76,16 @@ def _label(row: Row, column: str, texts: list[str], names: list[str]) -> int:
             f"there are {len(texts)} choices, counted from 0 to {len(texts) - 1}.",
             "Correct the label; a label of -1 often marks a test set without answers, which cannot be used.",
         )
-    if isinstance(label, str):
-        # ARC names its answers A-D or 1-4 beside their texts; a plain list can be meant by text or by letter.
-        for known in (names, texts, list(string.ascii_uppercase[: len(texts)])):
-            if label in known:
-                return known.index(label)
-        raise DataError(
-            f"{row.where}: the label {short(label)} in column {column!r} is none of the choices ({short(texts)}).",
-            "Write the index of the right choice from 0, its text, or its letter.",
-        )
     raise DataError(
         f"{row.where}: the label in column {column!r} is {type(label).__name__} ({short(label)}), expected an int.",
         "Write the index of the right choice from 0, its text, or its letter.",
     )
+
+
+def _check_unambiguous(label: str, known: list[str], texts: bool, what: str) -> None:
+    """Refuses the text of a number that is one choice's text and another one's index."""
+    if texts and label.isdecimal() and known.index(label) != int(label) < len(known):
+        raise DataError(
+            f"{what}, {label!r}, is the text of one choice and the index of another.",
+            "Write the right choice's letter (A for the first).",
+        )

@@ -1,14 +1,16 @@
 """Rows of a dataset, one after the other, whatever holds them and however large it is.
 
-Text and JSON Lines are read line by line, Parquet and Arrow record batch by record batch, folders
+Text, JSON Lines and CSV are read line by line, Parquet and Arrow record batch by record batch, folders
 written by ``datasets.save_to_disk`` through their memory map: no source is ever in memory as a
-whole. JSON Lines are parsed here rather than by ``datasets``, which guesses one type per column from
-the first megabytes (a column of dates stops being text) and does not say which line is broken.
+whole. JSON Lines and CSV are parsed here rather than by ``datasets`` or ``pyarrow``, which guess one type
+per column from the first megabytes (a column of dates stops being text) and do not say which line is
+broken.
 Nothing is cached on disk and nothing reaches for a network.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +26,8 @@ from scaleot_ray.errors import DataError
 
 PIECE_CHARACTERS = 1 << 20
 ROWS_PER_BATCH = 256
+CELL_CHARACTERS = 1 << 26
+"""Longest cell of a CSV file; what exceeds it is more likely a quote that nobody closed than a document."""
 
 
 class Row(dict[str, Any]):
@@ -149,6 +153,45 @@ def _json_row(line: bytes, where: str) -> Row:
     return Row(columns, where)
 
 
+def _csv_rows(source: Source) -> Iterator[Row]:
+    # Every value stays the text it is in the file.
+    csv.field_size_limit(CELL_CHARACTERS)  # csv's own is 131,072 characters
+    with _readable(source), open(source.path, encoding="utf-8-sig", newline="") as file:
+        reader, begin = csv.reader(file, delimiter="\t" if source.format == "tsv" else ",", strict=True), 1
+        try:
+            columns = next(reader, [])
+            _check_columns(columns, source)
+            begin = reader.line_num + 1
+            for cells in reader:
+                if cells:  # a blank line has none
+                    yield _csv_row(columns, cells, f"{source.path}, line {begin}")
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{source.path}, line {begin}: is not valid {source.format} ({error}).",
+                "Close every quote, and write a quote inside a quoted value twice.",
+            ) from None
+
+
+def _check_columns(columns: list[str], source: Source) -> None:
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{source.path}, line 1: names the column {twice!r} twice.",
+            "The first line names the columns; give each its own name.",
+        )
+
+
+def _csv_row(columns: list[str], cells: list[str], where: str) -> Row:
+    if len(cells) != len(columns):
+        raise DataError(
+            f"{where}: expected {len(columns)} values, as the first line names columns, found {len(cells)}.",
+            "Put quotes around values that hold the separator or a line break, and name every column in the first "
+            "line.",
+        )
+    return Row(dict(zip(columns, cells, strict=True)), where)
+
+
 def _parquet_rows(source: Source) -> Iterator[Row]:
     # Without these two, pyarrow reads a whole row group ahead, which may be the whole file.
     with _readable(source), pq.ParquetFile(source.path, buffer_size=PIECE_CHARACTERS, pre_buffer=False) as file:
@@ -209,6 +252,8 @@ READERS: dict[str, Callable[[Source], Iterator[Row]]] = {
     "jsonl": _jsonl_rows,
     "parquet": _parquet_rows,
     "arrow": _arrow_rows,
+    "csv": _csv_rows,
+    "tsv": _csv_rows,
     "hf": _saved_rows,
 }
 

@@ -22,6 +22,8 @@ ENDINGS = {
     ".pq": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
 }
 # What lies beside the data in many folders without being part of it.
 _NO_DATA = re.compile(r"(README|LICEN[CS]E|NOTICE|dataset_infos?)\b|[._]", re.IGNORECASE)
@@ -34,7 +36,7 @@ class Source:
 
     Attributes:
         path: the file, or the dataset's folder.
-        format: ``text``, ``jsonl``, ``parquet``, ``arrow`` or ``hf``.
+        format: ``text``, ``jsonl``, ``parquet``, ``arrow``, ``csv``, ``tsv`` or ``hf``.
         dataset: for ``hf``, the memory-mapped ``datasets.Dataset``.
     """
 
@@ -76,7 +78,7 @@ def _format(path: Path, chosen: str) -> str:
     if path.suffix.lower() not in ENDINGS:
         raise DataError(
             f"path: {path} has an ending of no known format ({', '.join(ENDINGS)}).",
-            "Set format to text, jsonl, parquet or arrow.",
+            "Set format to jsonl, parquet, arrow, csv or tsv, or to text, which reads the file as one document.",
         )
     return ENDINGS[path.suffix.lower()]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from pydantic import ValidationError
 
 from scaleot_ray.cli.build import build_emulator
 from scaleot_ray.cli.main import build_app
 from scaleot_ray.cli.output import Output
-from scaleot_ray.cli.settings import BuildSettings
-from scaleot_ray.config import DataSettings, ModelSettings
+from scaleot_ray.cli.settings import BuildSettings, EvaluateSettings, PlugSettings, TuneCommandSettings
+from scaleot_ray.config import DataSettings, ModelSettings, RunSettings, Settings, override
 from scaleot_ray.errors import ConfigError
 from tests.cli.command import python, scaleot
 
@@ -50,6 +54,36 @@ def test_help_fits_eighty_columns() -> None:
         assert command.callback is not None
         for line in (command.callback.__doc__ or "").splitlines():
             assert len(line.removeprefix("    ")) <= 78, line
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    "demo": RunSettings,
+    "run": RunSettings,
+    "build": BuildSettings,
+    "tune": TuneCommandSettings,
+    "plug": PlugSettings,
+    "eval": EvaluateSettings,
+}
+
+
+def unknown_keys(section: type[Settings], assignment: str) -> list[str]:
+    try:
+        section.model_validate(override({}, [assignment]))
+    except ValidationError as error:
+        return [str(item["loc"]) for item in error.errors() if item["type"] != "missing"]
+    return []
+
+
+def test_the_example_of_set_is_a_setting_of_the_command() -> None:
+    command: Any = typer.main.get_command(build_app())
+    found = {
+        name: option.help for name, sub in command.commands.items() for option in sub.params if "--set" in option.opts
+    }
+    assert found.keys() == SETTINGS.keys()
+    for name, section in SETTINGS.items():
+        (example,) = re.findall(r"e\.g\. ([^;]+);", found[name])
+        assert unknown_keys(section, example) == [], name
+    assert unknown_keys(BuildSettings, "tune.learning_rate=5e-5") == ["('tune',)"]
 
 
 def test_nothing_given_is_help() -> None:

@@ -93,6 +93,7 @@ def test_commands_in_the_text_exist(path: Path) -> None:
         "--labels",
         "--dashboard-agent-listen-port",
         "--metrics-export-port",
+        "--constraint",
     }
     assert options - elsewhere <= declared_options() | {"--version"}
 

@@ -92,7 +92,7 @@ def pods(documents: list[Document]) -> list[Pod]:
 
 def wrong_kinds(documents: list[Document]) -> Iterator[str]:
     """Kinds, versions of the API, names, labels."""
-    versions = {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "PersistentVolumeClaim": "v1"}
+    versions = {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "PersistentVolumeClaim": "v1", "Pod": "v1"}
     versions["PodMonitor"] = "monitoring.coreos.com/v1"
     for document in documents:
         kind, metadata = document["kind"], document["metadata"]

@@ -142,6 +142,7 @@ BENCHMARKS: dict[str, tuple[dict[str, Any], dict[str, Any], int, list[str]]] = {
         ["x", "y"],
     ),
     "letters": ({**ARC, "label": "C"}, {"prompt_template": TEMPLATE}, 2, ARC["choices"]),
+    "digits": ({**ARC, "label": "2"}, {"prompt_template": TEMPLATE}, 2, ARC["choices"]),
     "texts": ({**ARC, "label": "the cat"}, {"prompt_template": TEMPLATE}, 1, ARC["choices"]),
     "boolq": ({"text": "Is it?", "label": True}, {"prompt_column": "text", "choices": ("no", "yes")}, 1, ["no", "yes"]),
 }
@@ -228,6 +229,8 @@ def test_an_empty_context_becomes_one_token() -> None:
         ({**ARC, "label": -1}, {}, "the label -1 in column 'label' is out of range"),
         ({**ARC, "label": 1.0}, {}, "is float (1.0), expected an int"),
         ({**ARC, "label": "D"}, {}, "the label 'D' in column 'label' is none of the choices"),
+        ({**ARC, "label": "-1"}, {}, "the label -1 in column 'label' is out of range"),
+        ({**ARC, "choices": ["2", "1", "0"], "label": "2"}, {}, "the text of one choice and the index of another"),
         ({**ARC, "label": None}, {}, "column 'label' is null"),
         ({**ARC, "choices": ["one"]}, {}, "there is one choice, expected at least 2"),
         ({**ARC, "choices": []}, {}, "there are no choices, expected at least 2"),

@@ -80,6 +80,35 @@ def test_where_names_the_row(tmp_path: Path, name: str) -> None:
     assert where == (f"{path}, line 400" if name.endswith("jsonl") else f"row 400 of {path}")
 
 
+def write_separated(path: Path, columns: str, *rows: str) -> Path:
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([columns, *rows, ""]).encode())
+    return path
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_separated_values_stay_the_text_they_are(tmp_path: Path, ending: str, separator: str) -> None:
+    # Readers that guess types turn these into a date, a number and a null.
+    rows = [
+        ["when", "label", "note"],
+        ["2020-01-01", "007", ""],
+        ['"a, b\tand\nmore"', "1", '"""quoted"""'],
+        ["ü", "x", "NA"],
+    ]
+    lines = [separator.join(row) for row in rows]
+    read = list(open_rows(settings(write_separated(tmp_path / f"x.{ending}", *lines[:2], "", *lines[2:]))))
+    assert read == [
+        {"when": "2020-01-01", "label": "007", "note": ""},
+        {"when": "a, b\tand\nmore", "label": "1", "note": '"quoted"'},
+        {"when": "ü", "label": "x", "note": "NA"},
+    ]
+    assert [row.where.rpartition(" ")[2] for row in read] == ["2", "4", "6"], "the line on which a row begins"
+
+
+def test_a_cell_may_be_a_whole_document(tmp_path: Path) -> None:
+    text = "word " * 100_000
+    assert next(iter(open_rows(settings(write_separated(tmp_path / "x.csv", "text", text)))))["text"] == text
+
+
 def test_text_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second\n\nstill second")
     (tmp_path / "a.txt").write_text("first")
@@ -198,7 +227,23 @@ def nothing(path: Path) -> Path:
         ("x.arrow", nothing, "x.arrow: "),
         ("x.arrow", lambda path: truncated(write_arrow_stream(path)), "x.arrow: "),
         ("x.feather", lambda path: truncated(write_feather(path)), "x.feather: "),
-        ("x.csv", nothing, "ending of no known format"),
+        ("x.xlsx", nothing, "ending of no known format"),
+        ("x.csv", nothing, "x.csv: the dataset is empty"),
+        ("x.csv", lambda path: write_separated(path, "a,b"), "x.csv: the dataset is empty"),
+        (
+            "x.csv",
+            lambda path: write_separated(path, "a,b", "1,2", "1,2,3"),
+            "line 3: expected 2 values, as the first line names columns, found 3",
+        ),
+        ("x.csv", lambda path: write_separated(path, "a,b", "1", "1,2"), "line 2: expected 2 values"),
+        ("x.csv", lambda path: write_separated(path, "a,b,a", "1,2,3"), "line 1: names the column 'a' twice"),
+        (
+            "x.csv",
+            lambda path: write_separated(path, "a,b", '"1,2'),
+            "line 2: is not valid csv (unexpected end of data)",
+        ),
+        ("x.tsv", lambda path: write_separated(path, "a", '"1"2'), "line 2: is not valid tsv"),
+        ("x.csv", bad_bytes, "x.csv: is not UTF-8 text"),
         ("x.txt", bad_bytes, "x.txt: is not UTF-8 text"),
     ],
 )
@@ -252,13 +297,16 @@ def test_values_say_which_column_there_is(tmp_path: Path) -> None:
 
 
 LINE = json.dumps({"text": "word " * 200}) + "\n"
+CSV_LINE = f'"{"word " * 200}"\n'
 
 
-def test_memory_stays_flat_over_a_large_jsonl(tmp_path: Path) -> None:
-    path = tmp_path / "large.jsonl"
+@pytest.mark.parametrize(("name", "head", "line"), [("large.jsonl", "", LINE), ("large.csv", "text\n", CSV_LINE)])
+def test_memory_stays_flat_over_many_lines(tmp_path: Path, name: str, head: str, line: str) -> None:
+    path = tmp_path / name
     with open(path, "w") as file:
+        file.write(head)
         for _ in range(50):
-            file.write(LINE * 1000)
+            file.write(line * 1000)
     assert os.path.getsize(path) > 50e6
     rows = open_rows(settings(path))
     tracemalloc.start()
