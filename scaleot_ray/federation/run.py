@@ -50,7 +50,8 @@ def run_local(
         ConfigError, DataError: a setting or a dataset is wrong; most of it before anything starts.
         ArtifactRefused: something must not cross.
         ResourcesMissing: the machine has not what the run needs, or others hold it on a Ray that was given.
-        RunFailed: an actor died, a loss became NaN, a shared tensor was written to.
+        RunFailed: an actor died, a loss became NaN, a shared tensor was written to. Where that befell evaluators,
+            the run ends so only if not one data owner could be measured; the report is written then as well.
         Interrupted: SIGINT or SIGTERM; all processes are gone and checkpoints are usable.
     """
     start = time.monotonic()
@@ -69,10 +70,13 @@ def run_local(
         state = RunState(
             settings, folder, there.needs, actors, there.schedule, tenants, there.rows_bytes, on_state=on_state
         )
-        report = Phases(state).run()
+        phases = Phases(state)
+        report = phases.run()
     report.seconds = {"total": time.monotonic() - start, "start": started, **report.seconds}
     report.peak_rss_bytes = memory.bytes
     report.write()
+    if (problem := phases.failure()) is not None:
+        raise problem
     return report
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.driver.actors import Running
 from scaleot_ray.federation.driver.measuring import Measuring
 from scaleot_ray.federation.driver.report import RunReport, TenantResult
@@ -33,6 +34,7 @@ class Phases:
         self.state = state
         self._rounds = TuningRounds(state, self._start_what_fits)
         self._measuring = Measuring(state)
+        self._administering = 0  # requests whose consequences are not all known yet
 
     def run(self) -> RunReport:
         """All phases, one after the other; the report lacks the totals that only the caller knows."""
@@ -53,10 +55,15 @@ class Phases:
                 actors.ask_coordinator("declare_evaluator", tenant.name, self.state.rows_bytes[tenant.name])
         self._rounds.run()
         if settings.aggregation is not None:
-            self._measuring.aggregate = actors.ask_coordinator("in_common")
+            self._measuring.take_aggregate(actors.ask_coordinator("in_common"))
         actors.until(self._measured)
+        actors.between = lambda: None  # whoever asks now does it when the run has ended
         actors.ask_coordinator("finish")
         return self._report(built)
+
+    def failure(self) -> ScaleOTError | None:
+        """What is wrong with a run that has come to its report, and what it was asked for is not in there."""
+        return self._measuring.failure()
 
     def _start_coordinator(self) -> None:
         settings, folder = self.state.settings, self.state.folder
@@ -100,7 +107,7 @@ class Phases:
 
     def _measured(self) -> bool:
         self._start_what_fits()
-        return self._measuring.is_over()
+        return self._measuring.is_over() and not self._administering
 
     def _administer(self) -> None:
         for name, request in pending(self.state.folder):
@@ -110,8 +117,11 @@ class Phases:
         """Does what an administrator asks of the run that is under way."""
         actors, folder = self.state.actors, self.state.folder
 
+        self._administering += 1
+
         def remade(found: PlugIn | None) -> None:
-            self._measuring.aggregate = found
+            self._measuring.take_aggregate(found)
+            self._administering -= 1
 
         def done(changed: list[int]) -> None:
             verb = {"pause": "paused", "cancel": "cancelled", "revoke": "revoked"}.get(request.action)
@@ -123,9 +133,12 @@ class Phases:
                     self._rounds.leave_out(tenant, f"{tenant.name} was {verb}{why}")
             if self._measuring.aggregate is not None and changed:
                 actors.call_coordinator("in_common", then=remade)
+            else:
+                self._administering -= 1
             reply(folder, name, changed)
 
         def failed(error: Exception) -> bool:
+            self._administering -= 1
             reply(folder, name, actors.failure(actors.coordinator, error))
             return True
 
@@ -159,4 +172,5 @@ def _result(tenant: Tenant) -> TenantResult:
         delta_bytes=tenant.entry.delta_bytes if tenant.entry is not None else None,
         delta_digest=tenant.entry.delta_digest if tenant.entry is not None else None,
         seconds=tenant.seconds,
+        unmeasured=tenant.unmeasured.problem if tenant.unmeasured is not None else None,
     )

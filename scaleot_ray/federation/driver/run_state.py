@@ -29,8 +29,10 @@ class Tenant:
         tuning: the round that an actor tunes for now; ``since``: when it was started.
         submitted: the latest round that has its delta.
         attempts: how often its tuning was started in the round under way.
+        alone: it shares no process any more: one that it shared died, or found no place.
         left_out: why nothing more is expected of it in the round under way.
-        measured: an evaluator measures its rows.
+        measured: an evaluator measures its rows; ``measurings``: how often one was started, each time it died.
+        unmeasured: why nothing more of its rows is measured in this run.
         entry: what the coordinator has of it, once that will not change any more.
         table: the evaluator's rows so far.
         seconds: ``tune`` and ``evaluate``.
@@ -42,8 +44,11 @@ class Tenant:
     since: float = 0.0
     submitted: int = 0
     attempts: int = 0
+    alone: bool = False
     left_out: ScaleOTError | None = None
     measured: bool = False
+    measurings: int = 0
+    unmeasured: ScaleOTError | None = None
     entry: Entry | None = None
     table: TenantTable | None = None
     seconds: dict[str, float] = field(default_factory=dict)
