@@ -133,5 +133,5 @@ def on_cluster(
         if not placement.autoscaling:
             check_places(all_works(settings, needs), needs.emulator, nodes)
         rows_bytes = look_at_tenants(settings, owner)
-        with Placement(placement.timeout, on_progress) as schedule:
+        with Placement(placement.timeout, on_progress, placement.autoscaling) as schedule:
             yield Environment(session, schedule, schedule.place, needs, rows_bytes)

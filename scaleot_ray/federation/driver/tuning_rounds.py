@@ -1,7 +1,7 @@
 """The driver's side of the rounds: who tunes, who starts again, who is left out, and when a round is over.
 
 What counts is what the coordinator's registry has; here is only who is being waited for. A data owner whose
-process dies starts again, and is left out where the quorum holds without it.
+process dies starts again, alone where it shared it with others, and is left out where the quorum holds without it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from scaleot_ray.errors import RunFailed, ScaleOTError
+from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.driver.actors import Running
 from scaleot_ray.federation.driver.packs import Pack, Packs
 from scaleot_ray.federation.driver.report import RoundResult
@@ -38,7 +38,11 @@ class TuningRounds:
         self._state, self._start_what_fits = state, start_what_fits
         self._open: Opened | None = None
         self._last = False  # the round under way is the last: what data owners submit stays
-        self._packs = Packs(state.settings.tenants_per_process, state.schedule)
+        self._packs = Packs(
+            state.settings.tenants_per_process,
+            state.schedule,
+            lambda tenants: state.schedule.fits(self._work(Pack(tenants, ""))),
+        )
 
     def run(self) -> None:
         """Every round that the registry does not have yet; then each data owner's entry is final."""
@@ -197,22 +201,32 @@ class TuningRounds:
         actors = self._state.actors
         if actor not in actors.living:
             return True  # both answers of a dead actor fail; the first has been seen to
-        problem = actors.failure(actor, error)
+        problem, died = actors.failure(actor, error), has_died(error)
+        # What does not suffice for all of them may well suffice for each.
+        again = died or (pack.shared and isinstance(problem, ResourcesMissing))
         attempts = self._state.settings.rounds.attempts
         for tenant in list(pack.tenants):
             number = tenant.tuning
-            if has_died(error) and tenant.attempts < attempts:
+            # Who of them made it die is not known: only alone does that cost nobody else's attempts.
+            tenant.alone = tenant.alone or pack.shared
+            if again and tenant.attempts < attempts:
                 actors.call_coordinator("died", number, tenant.name, problem.problem.splitlines()[0])
                 self._end_tuning(tenant)
-                why = f"died and starts again ({tenant.attempts + 1} of {attempts})"
+                why = f"{'died' if died else 'lacked room'} and starts again ({tenant.attempts + 1} of {attempts})"
                 self._state.tell(tenant, "waiting", number, why)
             else:
                 self._left_out(tenant, problem)
         return True
 
     def _no_place(self, pack: Pack, problem: ScaleOTError) -> None:
+        assert self._open is not None
         for tenant in list(pack.tenants):
-            self._left_out(tenant, problem)
+            if pack.shared:
+                tenant.alone = True
+                why = "found no place with others and waits for one alone"
+                self._state.tell(tenant, "waiting", self._open.round.number, why)
+            else:
+                self._left_out(tenant, problem)
 
     def _left_out(self, tenant: Tenant, problem: ScaleOTError) -> None:
         assert self._open is not None
