@@ -8,6 +8,7 @@ the run with an error that names the actor.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,18 @@ _NAMESPACE = "scaleot"
 _LOOK_SECONDS = 0.2
 _UNWIND_SECONDS = 3.0
 _ANSWER_SECONDS = 120.0  # for an answer that is ready, or that the coordinator gives at once
+
+
+def coordinator_name(folder: str, node: str) -> str:
+    """Ray's name for the coordinator of a run: another one only where folder and node are the same.
+
+    A folder is held for one run on one node; the same path on another node may be another folder.
+
+    Args:
+        folder: the run's, in full.
+        node: Ray's id of the node that it is on.
+    """
+    return f"coordinator-{hashlib.sha256(f'{node}:{folder}'.encode()).hexdigest()[:16]}"
 
 
 @dataclass(eq=False)
@@ -113,8 +126,9 @@ class Actors:
         end_marked(ACTORS, self.mark)
         self.living.clear()
 
-    def start_coordinator(self, charge: Charge, name: str) -> None:
+    def start_coordinator(self, charge: Charge) -> None:
         """Starts the coordinator under its name; one of that name is of a driver that was killed, and ends."""
+        name = coordinator_name(charge.folder, self.session.node)
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, _NAMESPACE), no_restart=True)
         detached: dict[str, Any] = {"name": name, "namespace": _NAMESPACE, "lifetime": "detached"}

@@ -6,8 +6,6 @@ when it dies. What happens to data owners is in :mod:`scaleot_ray.federation.dri
 
 from __future__ import annotations
 
-import hashlib
-
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.driver.actors import Running
@@ -76,8 +74,7 @@ class Phases:
             {tenant.name: tenant.metric for tenant in self.state.tenants} if settings.evaluator else {},
             settings.artifacts,
         )
-        name = f"coordinator-{hashlib.sha256(str(folder.path).encode()).hexdigest()[:16]}"
-        self.state.actors.start_coordinator(charge, name)
+        self.state.actors.start_coordinator(charge)
 
     def _build(self) -> BuildResult:
         state, settings, folder, actors = self.state, self.state.settings, self.state.folder, self.state.actors
