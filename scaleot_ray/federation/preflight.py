@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from scaleot_ray.config import RunSettings
+from scaleot_ray.config import AggregationSettings, RunSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.resources.machine import Machine, free_disk
 from scaleot_ray.federation.resources.needs import RAY, Memory, Needs
+from scaleot_ray.federation.rounds.administration import registry_place
 from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.artifact_store import KEY
+from scaleot_ray.federation.rounds.registry import AGGREGATE
+from scaleot_ray.federation.rounds.registry.database import KEY as REGISTRY
+from scaleot_ray.federation.rounds.registry.local_volume import check_local
 from scaleot_ray.plugin.aggregation import check_fits_tuning
 
 _GB = 1e9
@@ -42,6 +49,52 @@ def check_storage(settings: RunSettings, needs: Needs) -> None:
         check_artifacts(settings.artifacts, needs)
 
 
+def check_settings(settings: RunSettings) -> None:
+    """What settings say that cannot be, as far as it shows on the node that a run is led from.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    check_names(settings)
+    check_aggregation(settings)
+    check_registry(settings)
+
+
+def check_names(settings: RunSettings) -> None:
+    """Whether the registry takes the names of all data owners.
+
+    Raises:
+        ConfigError: one has the aggregate's.
+    """
+    for index, tenant in enumerate(settings.tenants):
+        if tenant.name == AGGREGATE:
+            raise ConfigError(
+                f"tenants.{index}.name: no data owner can be called {AGGREGATE!r}, which is the plug-in of them all.",
+                "Give it another name.",
+            )
+
+
+def check_registry(settings: RunSettings) -> None:
+    """Whether the place of the registry takes it.
+
+    Raises:
+        ConfigError: it is on a network file system, or cannot be written to.
+    """
+    place = registry_place(RunFolder(Path(settings.output)), settings.registry)
+    check_local(place, REGISTRY)
+    if settings.registry is None:
+        return  # whoever holds the run's folder has looked
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{REGISTRY}: {place} cannot be written ({error.strerror or error}).",
+            f"Set {REGISTRY} to a folder that you may write to, on a disk of this machine.",
+        ) from error
+
+
 def check_aggregation(settings: RunSettings) -> None:
     """Whether what data owners tune can be aggregated, and the next round begin with it.
 
@@ -59,6 +112,7 @@ def check_aggregation(settings: RunSettings) -> None:
             "Set one tune.method for all, or leave aggregation out: each then has a plug-in of its own.",
         )
     check_fits_tuning(how, methods[0])
+    _check_trim(settings, how)
     if settings.rounds.count == 1 or methods != ["lora"]:
         return
     if how.method == "concat":
@@ -76,6 +130,23 @@ def check_aggregation(settings: RunSettings) -> None:
             "Set one tune.lora_rank and tune.lora_alpha for all and leave aggregation.rank out, or set rounds.count "
             "to 1.",
         )
+
+
+def _check_trim(settings: RunSettings, how: AggregationSettings) -> None:
+    # A round that went on with its quorum alone would end after all have tuned.
+    count = settings.rounds.quorum or len(settings.tenants)
+    if how.method != "trimmed_mean" or not how.trim or math.floor(how.trim * count + 1e-9):
+        return
+    of = f"the {count} deltas of rounds.quorum" if settings.rounds.quorum else f"{count} deltas"
+    enough = math.ceil(1000 / count) / 1000
+    remedies = [f"aggregation.trim to {enough:g} or more (below 0.5)"] if enough < 0.5 else []
+    if (larger := math.ceil(1 / how.trim)) <= len(settings.tenants):
+        remedies.append(f"rounds.quorum to {larger} or more")
+    remedies.append("aggregation.method to median")
+    raise ConfigError(
+        f"aggregation.trim: {how.trim:g} of {of} is less than one, so none would be left out.",
+        f"Set {', or '.join(remedies)}.",
+    )
 
 
 def check_processors(settings: RunSettings, machine: Machine) -> None:

@@ -13,7 +13,7 @@ from scaleot_ray.federation.driver.report import RunReport
 from scaleot_ray.federation.driver.run_state import RunState, Tenant
 from scaleot_ray.federation.environment import look_here, on_cluster, on_this_machine
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.preflight import check_aggregation
+from scaleot_ray.federation.preflight import check_settings
 from scaleot_ray.federation.resources.processes import PeakMemory
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress, OnTenantState
@@ -56,7 +56,7 @@ def run_local(
     """
     start = time.monotonic()
     settings = with_absolute_paths(settings)
-    check_aggregation(settings)
+    check_settings(settings)
     facts = look_here(settings) if settings.environment == "local" else None
     folder = RunFolder(Path(settings.output))
     with interruptible(_AGAIN) as listen, folder.held(), PeakMemory() as memory, ExitStack() as stack:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from scaleot_ray.config import ModelSettings, TuneSettings
+from scaleot_ray.config import ModelSettings, RoundSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
-from scaleot_ray.federation.preflight import check_disk, preflight
+from scaleot_ray.federation.preflight import check_aggregation, check_disk, check_registry, preflight
 from scaleot_ray.federation.resources.machine import Machine, this_machine, usable_memory
 from scaleot_ray.federation.resources.needs import activations, run_needs, trained_parameters
+from scaleot_ray.federation.run import run_local
 from tests.tiny_models import TINY, save_tiny, tiny_model
 from tests.tiny_run import write_tiny_run
 
@@ -98,6 +101,58 @@ def test_artefacts_kept_elsewhere_need_a_place_that_takes_them(tmp_path: Path) -
     with (tmp_path / "kept" / "sparse").open("wb") as file:  # what is there from an earlier start
         file.truncate(2 << 40)
     preflight(settings, replace(needs, kept=2 << 40), LARGE)
+
+
+def refusal(settings: RunSettings) -> ConfigError:
+    """What a run of these settings is refused with, before it has made anything."""
+    with pytest.raises(ConfigError) as caught:
+        run_local(settings)
+    assert not Path(settings.output).exists()
+    return caught.value
+
+
+def test_a_registry_on_a_network_disk_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = [("ext4", "/"), ("ext4", str(tmp_path)), ("nfs4", str(tmp_path / "run"))]
+    found = [SimpleNamespace(fstype=kind, mountpoint=point) for kind, point in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    assert "registry: " in refusal(write_tiny_run(tmp_path)).problem
+    check_registry(write_tiny_run(tmp_path, registry=str(tmp_path / "registry")))
+
+
+def test_a_registry_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = refusal(write_tiny_run(tmp_path, registry=str(tmp_path / "file" / "registry")))
+    assert error.problem.startswith(f"registry: {tmp_path}/file/registry cannot be written")
+
+
+def test_a_data_owner_with_the_aggregates_name_is_refused_first(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path)
+    tenants = (settings.tenants[0], settings.tenants[1].model_copy(update={"name": "aggregate"}))
+    error = refusal(settings.model_copy(update={"tenants": tenants}))
+    assert error.problem.startswith("tenants.1.name: no data owner can be called 'aggregate'")
+
+
+def of_ten(folder: Path, trim: float, quorum: int | None) -> RunSettings:
+    """A run of ten data owners with a trimmed mean."""
+    rounds = {} if quorum is None else {"quorum": quorum}
+    settings = write_tiny_run(folder, aggregation={"method": "trimmed_mean", "trim": trim})
+    tenants = tuple(settings.tenants[0].model_copy(update={"name": f"tenant-{number}"}) for number in range(10))
+    return settings.model_copy(update={"tenants": tenants, "rounds": RoundSettings(**rounds)})
+
+
+def test_a_trimmed_mean_that_its_quorum_is_too_small_for_is_refused_first(tmp_path: Path) -> None:
+    error = refusal(of_ten(tmp_path, 0.1, 9))
+    assert error.problem.startswith("aggregation.trim: 0.1 of the 9 deltas of rounds.quorum is less than one")
+    assert "aggregation.trim to 0.112 or more" in error.remedy
+    assert "rounds.quorum to 10 or more" in error.remedy
+    for trim, quorum in ((0.112, 9), (0.1, 10), (0.1, None), (0, 2)):  # the remedies, and what needs none
+        check_aggregation(of_ten(tmp_path, trim, quorum))
+    for quorum in (1, 2):  # of two deltas no trim leaves anything
+        assert refusal(of_ten(tmp_path, 0.4, quorum)).remedy == (
+            "Set rounds.quorum to 3 or more, or aggregation.method to median."
+        )
+    error = refusal(of_ten(tmp_path, 0.05, None))
+    assert error.remedy == "Set aggregation.trim to 0.1 or more (below 0.5), or aggregation.method to median."
 
 
 def test_of_artefacts_kept_elsewhere_two_rounds_are_here(tmp_path: Path) -> None:
