@@ -40,7 +40,10 @@ class TenantSettings(Settings):
         {}, description="on a cluster: labels (ray start --labels key=value) of the nodes that have its data"
     )
     deadline: Number | None = Field(
-        None, gt=0, description="seconds that its tuning may take in a round; the round then goes on without it"
+        None,
+        gt=0,
+        description="seconds that its tuning may take in a round, all attempts together; the round then goes on "
+        "without it",
     )
     weight: Number = Field(1.0, ge=0, description="of its delta in the aggregate, e.g. its number of rows")
     tune: TuneSettings | None = Field(

@@ -26,7 +26,8 @@ class Tenant:
     Attributes:
         settings: its section.
         token: what its submissions must carry; None where it takes no part.
-        tuning: the round that an actor tunes for now; ``since``: when it was started.
+        tuning: the round that an actor tunes for now; ``since``: when it was started; ``spent``: seconds that earlier
+            attempts in this round took.
         submitted: the latest round that has its delta.
         attempts: how often its tuning was started in the round under way.
         alone: it shares no process any more: one that it shared died, or found no place.
@@ -42,6 +43,7 @@ class Tenant:
     token: str | None = None
     tuning: int | None = None
     since: float = 0.0
+    spent: float = 0.0
     submitted: int = 0
     attempts: int = 0
     alone: bool = False
@@ -62,6 +64,24 @@ class Tenant:
     def metric(self) -> str:
         """What its rows are measured by."""
         return "accuracy" if self.settings.test.task == "choice" else "loss"
+
+    def begin_tuning(self, number: int, now: float) -> None:
+        """An actor tunes for it from now on; once more where one has before in this round."""
+        self.tuning, self.attempts, self.since = number, self.attempts + 1, now
+
+    def end_tuning(self, now: float) -> None:
+        """No actor tunes for it any more."""
+        self.spent, self.tuning = self.tuned_for(now), None
+
+    def tuned_for(self, now: float) -> float:
+        """Seconds that it has tuned in this round, all attempts together; waiting for its turn does not count."""
+        return self.spent + (now - self.since if self.tuning is not None else 0.0)
+
+    def begin_round(self) -> None:
+        """A new round begins for it; what tunes still for the one before goes on as it is."""
+        self.attempts, self.left_out = 0, None
+        if self.tuning is None:
+            self.spent = 0.0
 
     def has_rows(self, rows: Sequence[str]) -> bool:
         """Whether the evaluator has measured these rows."""

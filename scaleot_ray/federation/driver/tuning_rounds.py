@@ -101,7 +101,7 @@ class TuningRounds:
         begun, number, state = time.monotonic(), opened.round.number, self._state
         self._open, self._last = opened, opened.last
         for tenant in state.tenants:
-            tenant.attempts, tenant.left_out = 0, None
+            tenant.begin_round()
             if opened.submitted.get(tenant.name):
                 tenant.submitted = number
             self._tell_of_begin(tenant)
@@ -130,7 +130,7 @@ class TuningRounds:
         """Starts what can start; true when nothing more is to be waited for."""
         assert self._open is not None
         for tenant in self._taking_part():
-            longest, took = tenant.settings.deadline, time.monotonic() - tenant.since
+            longest, took = tenant.settings.deadline, tenant.tuned_for(time.monotonic())
             if tenant.tuning is not None and longest is not None and took > longest:
                 self.leave_out(tenant, f"{tenant.name} took longer than its deadline of {longest:g} seconds")
         self._start_what_fits()
@@ -157,7 +157,7 @@ class TuningRounds:
         state, actors, number, final = self._state, self._state.actors, self._open.round.number, self._last
         begun = time.monotonic()
         for tenant in pack.tenants:
-            tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, begun
+            tenant.begin_tuning(number, begun)
             actors.call_coordinator("begin_part", number, tenant.name)
             state.tell(tenant, "tuning", number)
         actor = self._start(pack, lambda error: self._tuning_failed(pack, actor, error))
@@ -174,7 +174,7 @@ class TuningRounds:
         def took(tenant: Tenant, entry: Entry | None) -> None:
             if tenant.tuning != number:
                 return  # left out, or its round closed, while the coordinator was asked
-            tenant.tuning = None
+            tenant.end_tuning(time.monotonic())
             if entry is None:
                 return  # revoked meanwhile
             tenant.submitted = entry.round  # of a late one: the round that it counts in
@@ -236,7 +236,7 @@ class TuningRounds:
         self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, problem.problem)
 
     def _end_tuning(self, tenant: Tenant) -> None:
-        tenant.tuning = None
+        tenant.end_tuning(time.monotonic())
         actors = self._state.actors
 
         def leave(pack: Pack) -> None:
