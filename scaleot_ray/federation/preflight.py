@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.config import AggregationSettings, RunSettings
-from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.resources.machine import Machine, free_disk
 from scaleot_ray.federation.resources.needs import RAY, Memory, Needs
 from scaleot_ray.federation.rounds.administration import registry_place
 from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.artifact_store import KEY
+from scaleot_ray.federation.rounds.own_registry import check_own
 from scaleot_ray.federation.rounds.registry import AGGREGATE
 from scaleot_ray.federation.rounds.registry.database import KEY as REGISTRY
 from scaleot_ray.federation.rounds.registry.local_volume import check_local
@@ -75,13 +78,16 @@ def check_names(settings: RunSettings) -> None:
 
 
 def check_registry(settings: RunSettings) -> None:
-    """Whether the place of the registry takes it.
+    """Whether the place of the registry takes it, and has the one that there is of an earlier start.
 
     Raises:
-        ConfigError: it is on a network file system, or cannot be written to.
+        ConfigError: it is on a network file system, cannot be written to, or the run's registry is not there.
     """
-    place = registry_place(RunFolder(Path(settings.output)), settings.registry)
+    folder = RunFolder(Path(settings.output))
+    place = registry_place(folder, settings.registry)
     check_local(place, REGISTRY)
+    with contextlib.suppress(ArtifactRefused):  # there is none yet, or it will be built again
+        check_own(folder.coordinator, place, read_manifest(folder.emulator).digest()[:16])
     if settings.registry is None:
         return  # whoever holds the run's folder has looked
     try:

@@ -22,6 +22,7 @@ from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
 from scaleot_ray.federation.rounds.artifact_location import Location, open_store
 from scaleot_ray.federation.rounds.intake import Intake, Sent
+from scaleot_ray.federation.rounds.own_registry import check_own, note_own, registry_file
 from scaleot_ray.federation.rounds.registry import (
     AGGREGATE,
     NewPlugIn,
@@ -47,7 +48,8 @@ class RoundKeeper:
         artifacts: where deltas and aggregates are kept; default: where they have been so far, at first ``folder``.
 
     Raises:
-        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.rounds.registry.Registry` and
+        ConfigError, ResourcesMissing: as :func:`~scaleot_ray.federation.rounds.own_registry.check_own`,
+            :class:`~scaleot_ray.federation.rounds.registry.Registry` and
             :func:`~scaleot_ray.federation.rounds.artifact_location.open_store`.
     """
 
@@ -65,8 +67,11 @@ class RoundKeeper:
     ) -> None:
         self.emulator, self.rounds, self.aggregation = emulator, rounds, aggregation
         self._audit, own = audit, emulator.digest()[:16]
-        self.registry = Registry(registry / own / "registry.sqlite")
+        check_own(folder, registry, own)
+        file = registry_file(registry, own)
+        self.registry = Registry(file)
         try:
+            note_own(folder, self.registry, file, own)
             self.registry.add_emulator(emulator, place)
             self._store = open_store(artifacts, self.registry, own, folder / own)
         except BaseException:
