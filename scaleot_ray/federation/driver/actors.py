@@ -18,14 +18,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.federation.driver.silence import Silence
 from scaleot_ray.federation.driver.starting import Starts
 from scaleot_ray.federation.resources.failure import actor_failure
 from scaleot_ray.federation.resources.processes import PeakMemory, end, end_marked, wait_for_end
 from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.coordinator import COORDINATOR, Charge, Coordinator
 from scaleot_ray.federation.roles.role import ACTORS, Present, start, stop
-from scaleot_ray.progress import OnProgress
+from scaleot_ray.progress import OnProgress, Progress
 
 _NAMESPACE = "scaleot"
 _LOOK_SECONDS = 0.2
@@ -107,6 +109,7 @@ class Actors:
         self.between: Callable[[], None] = lambda: None
         self._memory = memory
         self._starts = Starts(session, on_progress)
+        self._silence = Silence(self._tell_of_silence)
         self._waiting: dict[ray.ObjectRef, tuple[Running, Then, Failed]] = {}
 
     def __enter__(self) -> Actors:
@@ -234,6 +237,7 @@ class Actors:
             if self.coordinator.started:
                 self.between()
                 self._pass_on_reports()
+                self._silence.look(self._working())
 
     def failure(self, actor: Running, error: Exception) -> ScaleOTError:
         """An exception that an answer raised, as an error that names the actor."""
@@ -259,5 +263,16 @@ class Actors:
         except Exception as error:
             raise self.failure(self.coordinator, error) from error
         for report in reports:
+            self._silence.heard(self._working(), report)
             if self.on_progress is not None:
                 self.on_progress(report)
+
+    def _working(self) -> list[Running]:
+        """Those that report what they do."""
+        return [actor for actor in self.living if actor is not self.coordinator]
+
+    def _tell_of_silence(self, actor: Running, what: str, over: bool) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(what, int(over), 1, tenant=tenant_of(actor.role)))
+        if not over:
+            self.call_coordinator("note", what, tenant_of(actor.role))

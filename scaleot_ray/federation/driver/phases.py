@@ -7,7 +7,7 @@ when it dies. What happens to data owners is in :mod:`scaleot_ray.federation.dri
 from __future__ import annotations
 
 from scaleot_ray.artifacts.audit import AuditLog
-from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.errors import RunFailed, ScaleOTError
 from scaleot_ray.federation.driver.actors import Running
 from scaleot_ray.federation.driver.measuring import Measuring
 from scaleot_ray.federation.driver.report import RunReport, TenantResult
@@ -37,6 +37,7 @@ class Phases:
     def run(self) -> RunReport:
         """All phases, one after the other; the report lacks the totals that only the caller knows."""
         actors, settings, tenants = self.state.actors, self.state.settings, self.state.tenants
+        actors.between = self._answer_early
         self._start_coordinator()
         built = self._build()
         for tenant in tenants:
@@ -105,6 +106,16 @@ class Phases:
     def _measured(self) -> bool:
         self._start_what_fits()
         return self._measuring.is_over() and not self._administering
+
+    def _answer_early(self) -> None:
+        """Tells whoever asks at once that there is no registry yet: building may take hours."""
+        for name, _ in pending(self.state.folder):
+            problem = RunFailed(
+                f"{self.state.folder.path}: the run that is under way builds its emulator, and nobody takes part yet.",
+                "Ask once more when `scaleot status` shows a round; to keep a data owner out of all of it, end the run "
+                "and take it out of tenants.",
+            )
+            reply(self.state.folder, name, problem)
 
     def _administer(self) -> None:
         for name, request in pending(self.state.folder):
