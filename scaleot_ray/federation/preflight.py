@@ -193,9 +193,8 @@ def check_memory(settings: RunSettings, needs: Needs, machine: Machine) -> None:
             "In a container, start it with a larger one (docker run --shm-size=…, or an emptyDir of medium Memory); "
             "or set model.dtype to bfloat16.",
         )
+    check_coordinator(needs, machine.memory)
     phases: list[tuple[str, Memory, int]] = [("the model owner's build", needs.owner, 0)]
-    # The coordinator reads and checks the emulator in its own memory before it is shared.
-    phases.append(("sharing the emulator", Memory(needs.emulator, 0), needs.emulator))
     phases += [(f"tuning by data owner {name}", memory, needs.emulator) for name, memory in needs.data_owners.items()]
     phases += [(f"the evaluator of {name}", memory, needs.emulator) for name, memory in needs.evaluators.items()]
     for what, memory, shared in phases:
@@ -204,6 +203,34 @@ def check_memory(settings: RunSettings, needs: Needs, machine: Machine) -> None:
             raise ResourcesMissing(
                 f"memory: {what} needs at least {_gb(wanted)}, {_gb(machine.memory)} are free.",
                 "Set model.dtype to bfloat16, tune.method to lora, or evaluator to false; or use a larger machine.",
+            )
+
+
+def check_coordinator(needs: Needs, memory: int) -> None:
+    """What the coordinator holds at once must fit beside the shared emulator, on the node that a run is led from.
+
+    Args:
+        needs: of the run.
+        memory: bytes that are free there.
+
+    Raises:
+        ResourcesMissing: it does not.
+    """
+    for what, own, remedy in (
+        # It reads and checks the emulator in its own memory before it is shared.
+        ("sharing the emulator", needs.emulator, "Set model.dtype to bfloat16"),
+        (
+            "aggregating what data owners tuned",
+            needs.aggregation,
+            "Set aggregation.method to mean, median or trimmed_mean, which take deltas piece by piece, or tune less "
+            "(emulator.plug_in_layers, tune.lora_rank)",
+        ),
+    ):
+        wanted = RAY + needs.emulator + own
+        if wanted > memory:
+            raise ResourcesMissing(
+                f"memory: {what} needs at least {_gb(wanted)}, {_gb(memory)} are free.",
+                f"{remedy}; or use a larger machine.",
             )
 
 

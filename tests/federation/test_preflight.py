@@ -10,13 +10,22 @@ from typing import Any
 import psutil
 import pytest
 
+from scaleot_ray.artifacts.storage import write_artifact
 from scaleot_ray.config import ModelSettings, RoundSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
-from scaleot_ray.federation.preflight import check_aggregation, check_disk, check_registry, preflight
+from scaleot_ray.federation.preflight import (
+    check_aggregation,
+    check_coordinator,
+    check_disk,
+    check_registry,
+    preflight,
+)
 from scaleot_ray.federation.resources.machine import Machine, this_machine, usable_memory
-from scaleot_ray.federation.resources.needs import activations, run_needs, trained_parameters
+from scaleot_ray.federation.resources.needs import RAY, Needs, activations, run_needs, trained_parameters
 from scaleot_ray.federation.run import run_local
+from scaleot_ray.plugin.aggregation import contributions, working_bytes
+from tests.federation.rounds.tiny_deltas import TinyDeltas
 from tests.tiny_models import TINY, save_tiny, tiny_model
 from tests.tiny_run import write_tiny_run
 
@@ -153,6 +162,46 @@ def test_a_trimmed_mean_that_its_quorum_is_too_small_for_is_refused_first(tmp_pa
         )
     error = refusal(of_ten(tmp_path, 0.05, None))
     assert error.remedy == "Set aggregation.trim to 0.1 or more (below 0.5), or aggregation.method to median."
+
+
+def tuned_by(folder: Path, count: int, how: str, **aggregation: Any) -> Needs:
+    """What so many data owners need with a 7B model and a way of aggregating."""
+    tune = {"method": "lora"} if how in ("concat", "svd") else {}
+    settings = write_tiny_run(folder, tune=tune, aggregation={"method": how, **aggregation})
+    names = [f"tenant-{number}" for number in range(count)]
+    tenants = tuple(settings.tenants[0].model_copy(update={"name": name}) for name in names)
+    return run_needs(settings.model_copy(update={"tenants": tenants}), SEVEN_B)
+
+
+@pytest.mark.parametrize("how", ["concat", "svd", "ties", "dare"])
+def test_what_aggregation_holds_of_all_data_owners_counts(tmp_path: Path, how: str) -> None:
+    few, many = (tuned_by(tmp_path, count, how) for count in (2, 200))
+    assert many.aggregation > 5 * few.aggregation
+    many = replace(many, emulator=many.aggregation)
+    enough = RAY + many.emulator + many.aggregation
+    check_coordinator(many, enough)
+    more = replace(many, aggregation=many.aggregation + 1)
+    with pytest.raises(ResourcesMissing, match="memory: aggregating what data owners tuned needs at least") as caught:
+        check_coordinator(more, enough)
+    assert "aggregation.method to mean" in caught.value.remedy
+
+
+def test_piece_by_piece_it_holds_the_same_of_few_and_many(tmp_path: Path) -> None:
+    few, many = (tuned_by(tmp_path, count, "median").aggregation for count in (2, 200))
+    assert few == many > 0
+    server = [tuned_by(tmp_path, 2, "mean", server=name).aggregation for name in ("none", "momentum", "adam")]
+    assert server == sorted(set(server))
+    assert run_needs(write_tiny_run(tmp_path), SEVEN_B).aggregation == 0
+
+
+def test_it_is_estimated_as_it_is_measured(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, aggregation={"method": "ties"})
+    emulator = TinyDeltas.build(tmp_path)
+    deltas = [(name, write_artifact(emulator.delta(1.0), tmp_path / name), 1.0) for name in ("alice", "bob")]
+    measured = working_bytes(contributions(deltas), settings.aggregation)
+    size = model_size(settings.model)
+    estimated = run_needs(settings, size).aggregation - 12 * trained_parameters(settings.tune, 2, size)
+    assert measured == pytest.approx(estimated, rel=0.5)
 
 
 def test_of_artefacts_kept_elsewhere_two_rounds_are_here(tmp_path: Path) -> None:
