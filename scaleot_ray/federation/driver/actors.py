@@ -233,7 +233,7 @@ class Actors:
             ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
             for answer in ready:
                 self._see_to(answer)
-            self._starts.look()
+            self._give_up_starts()
             if self.coordinator.started:
                 self.between()
                 self._pass_on_reports()
@@ -245,6 +245,13 @@ class Actors:
             actor = self.coordinator  # the only actor that others wait for
             error = error.cause
         return actor_failure(error, actor.role, actor.pid, self.session.logs, actor.elsewhere)
+
+    def _give_up_starts(self) -> None:
+        """An actor that does not come to life is a failure like any other of it."""
+        for role, problem in self._starts.look().items():
+            failed = next(failed for actor, _, failed in self._waiting.values() if actor.role == role)
+            if not failed(problem):
+                raise problem
 
     def _see_to(self, answer: ray.ObjectRef) -> None:
         actor, then, failed = self._waiting.pop(answer)
