@@ -45,7 +45,7 @@ class TenantState:
         tenant: the data owner.
         state: in the rounds ``waiting`` for its turn, ``tuning`` (or about to), ``submitted``, ``left out`` of the
             round; and ``measuring`` while its evaluator works, ``measured`` when that has done what there was to do,
-            ``not measured`` when it could not.
+            ``not measured`` when rows are missing that it could not measure.
         round: which one; None where it is about none, as what the evaluator does.
         reason: why it is left out, waits or is measured again, or could not be measured.
     """

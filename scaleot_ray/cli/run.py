@@ -123,8 +123,10 @@ def round_lines(rounds: Sequence[Mapping[str, Any]], aggregate: Mapping[str, Any
 
 
 def unmeasured_lines(tenants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whose rows of the table are missing because its evaluator failed, and why."""
-    return [f"{one['name']} was not measured: {one['unmeasured']}" for one in tenants if one["unmeasured"] is not None]
+    """Whose rows of the table are missing because they could not be measured, and why."""
+    return [
+        f"rows of {one['name']} are missing: {one['unmeasured']}" for one in tenants if one["unmeasured"] is not None
+    ]
 
 
 def crossings(crossed: Sequence[Mapping[str, Any]]) -> list[str]:

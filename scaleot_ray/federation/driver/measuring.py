@@ -1,7 +1,7 @@
 """The driver's side of the evaluators: which rows are still wanted of whom, and what has come.
 
-An evaluator that fails leaves its own data owner's rows out; all that the others do goes on. One whose process
-dies starts again.
+A row that cannot be measured, or an evaluator that fails, is missing from its own data owner's table; all that the
+others do goes on. An evaluator whose process dies starts again.
 """
 
 from __future__ import annotations
@@ -65,13 +65,15 @@ class Measuring:
         before, self.aggregate = self.aggregate, found
         if before is not None and (found is None or found.digest != before.digest):
             for tenant in self._state.tenants:
+                tenant.failed_rows.pop(AGGREGATE, None)
                 if tenant.table is not None:
                     tenant.table = _without_aggregate(tenant.table)
 
     def failure(self) -> ScaleOTError | None:
-        """What is wrong where evaluators were declared and not one has come through; else None."""
+        """What is wrong where evaluators were declared and not one of them has measured anything; else None."""
         asked = [tenant for tenant in self._state.tenants if tenant.measured]
-        problems = {tenant.name: tenant.unmeasured for tenant in asked if tenant.unmeasured is not None}
+        without = [tenant for tenant in asked if tenant.table is None or not tenant.table.rows]
+        problems = {tenant.name: tenant.trouble for tenant in without if tenant.trouble is not None}
         if not problems or len(problems) < len(asked):
             return None
         kept = "The report is written and what data owners tuned is kept: the same command again only measures."
@@ -88,7 +90,8 @@ class Measuring:
     def _rows_of(self, tenant: Tenant) -> tuple[str, ...]:
         """What is to be measured of a data owner by now."""
         rows = ALL_ROWS if tenant.entry is not None else FULL_ROWS
-        return (*rows, AGGREGATE) if self.aggregate is not None else rows
+        rows = (*rows, AGGREGATE) if self.aggregate is not None else rows
+        return tuple(row for row in rows if row not in tenant.failed_rows)
 
     def _measure(self, tenant: Tenant) -> None:
         state, actors = self._state, self._state.actors
@@ -108,9 +111,14 @@ class Measuring:
         def measure() -> None:
             aggregate = self.aggregate
             answer = actor.handle.evaluate.remote(self._rows_of(tenant))
-            actors.call(actor, answer, lambda _: measured(aggregate), failed)
+            actors.call(actor, answer, partial(measured, aggregate), failed)
 
-        def measured(aggregate: PlugIn | None) -> None:
+        def measured(aggregate: PlugIn | None, failures: dict[str, ScaleOTError]) -> None:
+            if aggregate != self.aggregate:
+                failures.pop(AGGREGATE, None)
+            tenant.failed_rows |= failures
+            for row, problem in failures.items():
+                actors.call_coordinator("note", f"{row} could not be measured: {problem.problem}", tenant.name)
             actors.call_coordinator("table", tenant.name, then=partial(took, aggregate))
 
         def took(aggregate: PlugIn | None, table: TenantTable) -> None:
@@ -121,7 +129,10 @@ class Measuring:
                 return
             tenant.measurings = 0
             state.finish(actor, [tenant], "evaluate", begun)
-            state.tell(tenant, "measured")
+            if tenant.trouble is None:
+                state.tell(tenant, "measured")
+            else:
+                state.tell(tenant, "not measured", reason=tenant.trouble.problem)
 
         measure()
 

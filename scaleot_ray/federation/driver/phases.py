@@ -180,5 +180,5 @@ def _result(tenant: Tenant) -> TenantResult:
         delta_bytes=tenant.entry.delta_bytes if tenant.entry is not None else None,
         delta_digest=tenant.entry.delta_digest if tenant.entry is not None else None,
         seconds=tenant.seconds,
-        unmeasured=tenant.unmeasured.problem if tenant.unmeasured is not None else None,
+        unmeasured=tenant.trouble.problem if tenant.trouble is not None else None,
     )

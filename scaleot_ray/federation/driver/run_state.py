@@ -14,7 +14,7 @@ from scaleot_ray.federation.driver.actors import Actors, Running
 from scaleot_ray.federation.driver.schedule import Schedule
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.resources.needs import Needs
-from scaleot_ray.federation.roles.coordinator import Entry
+from scaleot_ray.federation.roles.coordinator import Entry, evaluator
 from scaleot_ray.federation.roles.data_owner import Part
 from scaleot_ray.progress import OnTenantState, State, TenantState
 
@@ -33,7 +33,7 @@ class Tenant:
         alone: it shares no process any more: one that it shared died, or found no place.
         left_out: why nothing more is expected of it in the round under way.
         measured: an evaluator measures its rows; ``measurings``: how often one was started, each time it died.
-        unmeasured: why nothing more of its rows is measured in this run.
+        failed_rows: of those that could not be measured, why; ``unmeasured``: why nothing more is in this run.
         entry: what the coordinator has of it, once that will not change any more.
         table: the evaluator's rows so far.
         seconds: ``tune`` and ``evaluate``.
@@ -50,6 +50,7 @@ class Tenant:
     left_out: ScaleOTError | None = None
     measured: bool = False
     measurings: int = 0
+    failed_rows: dict[str, ScaleOTError] = field(default_factory=dict)
     unmeasured: ScaleOTError | None = None
     entry: Entry | None = None
     table: TenantTable | None = None
@@ -64,6 +65,15 @@ class Tenant:
     def metric(self) -> str:
         """What its rows are measured by."""
         return "accuracy" if self.settings.test.task == "choice" else "loss"
+
+    @property
+    def trouble(self) -> ScaleOTError | None:
+        """Why rows are missing that its evaluator should have measured; None where none is."""
+        if self.unmeasured is not None or not self.failed_rows:
+            return self.unmeasured
+        first, rows = next(iter(self.failed_rows.values())), self.failed_rows.items()
+        problem = "; ".join(f"{row}: {error.problem}" for row, error in rows)
+        return type(first)(f"{evaluator(self.name)}: {problem}", first.remedy)
 
     def begin_tuning(self, number: int, now: float) -> None:
         """An actor tunes for it from now on; once more where one has before in this round."""

@@ -35,19 +35,21 @@ def with_a_bad_row(folder: Path, **changes: Any) -> RunSettings:
     return settings.model_copy(update={"tenants": (alice, bob)})
 
 
-def test_one_evaluator_that_fails_leaves_its_own_rows_out(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_measured_is_missing_alone(tmp_path: Path) -> None:
     states = list[TenantState]()
     settings = with_a_bad_row(tmp_path, rounds={"quorum": 1})
     report = run_local(settings, on_state=states.append).as_json()
     alice, bob = report["tenants"]
     assert (alice["unmeasured"], None in (alice["full_tuned"], alice["plug_in"])) == (None, False)
-    assert "evaluator bob: train" in bob["unmeasured"]
+    assert bob["unmeasured"].startswith("evaluator bob: full_tuned: train: ")
     assert "no column 'text'" in bob["unmeasured"]
-    assert (bob["full_tuned"], bob["delta_digest"]) == (None, None)
+    assert (bob["full_zero_shot"] is None, bob["full_tuned"], bob["delta_digest"]) == (False, None, None)
     assert [told.reason for told in states if told.state == "not measured"] == [bob["unmeasured"]]
     assert {told.tenant for told in states if told.state == "measured"} == {"alice"}
-    assert unmeasured_lines(report["tenants"]) == [f"bob was not measured: {bob['unmeasured']}"]
-    (line,) = (line for line in (tmp_path / "run" / "run.log").read_text().splitlines() if "not measured" in line)
+    assert unmeasured_lines(report["tenants"]) == [f"rows of bob are missing: {bob['unmeasured']}"]
+    (line,) = (
+        line for line in (tmp_path / "run" / "run.log").read_text().splitlines() if "full_tuned could not be" in line
+    )
     assert "tenant=bob" in line
 
 
