@@ -82,7 +82,8 @@ class RunSettings(OwnerSettings):
         1,
         ge=1,
         description="at most so many data owners with tune.method=lora share one process and one pass through the "
-        "emulator's frozen weights (packed), provided that their cpus, gpus and node_labels are the same",
+        "emulator's frozen weights (packed), provided that their cpus, gpus and node_labels are the same "
+        "and their memory together fits",
     )
     evaluator: bool = Field(
         False,
