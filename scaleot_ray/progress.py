@@ -32,7 +32,7 @@ class Progress:
     round: int | None = None
 
 
-State = Literal["waiting", "tuning", "submitted", "left out", "measuring", "measured"]
+State = Literal["waiting", "tuning", "submitted", "left out", "measuring", "measured", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class TenantState:
     Attributes:
         tenant: the data owner.
         state: in the rounds ``waiting`` for its turn, ``tuning`` (or about to), ``submitted``, ``left out`` of the
-            round; and ``measuring`` while its evaluator works, ``measured`` when that has done what there was to do.
+            round; and ``measuring`` while its evaluator works, ``measured`` when that has done what there was to do,
+            ``not measured`` when rows are missing that it could not measure.
         round: which one; None where it is about none, as what the evaluator does.
-        reason: why it is left out, or waits again.
+        reason: why it is left out, waits or is measured again, or could not be measured.
     """
 
     tenant: str

@@ -72,7 +72,7 @@ def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[M
     for line in emulator_lines(emulator):
         console.print(line, markup=False, soft_wrap=True)
     show_standard_table(console, report["tenants"])
-    for line in round_lines(report["rounds"], report["aggregate"]):
+    for line in round_lines(report["rounds"], report["aggregate"]) + unmeasured_lines(report["tenants"]):
         console.print(line, markup=False, soft_wrap=True)
     for line in crossings(crossed):
         console.print(line, markup=False, soft_wrap=True)
@@ -120,6 +120,13 @@ def round_lines(rounds: Sequence[Mapping[str, Any]], aggregate: Mapping[str, Any
             f"{_from_here(aggregate['directory'])}"
         )
     return lines
+
+
+def unmeasured_lines(tenants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whose rows of the table are missing because they could not be measured, and why."""
+    return [
+        f"rows of {one['name']} are missing: {one['unmeasured']}" for one in tenants if one["unmeasured"] is not None
+    ]
 
 
 def crossings(crossed: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -27,14 +27,16 @@ class TenantRow:
         self.round: int | None = None
         self._state = "waiting"
         self._measuring = self._measured = False
+        self._unmeasured = ""
         self._loss: float | None = None
         self._tuning: Progress | None = None
         self._beside: Progress | None = None  # of its evaluator, or of a wait for processors
 
     def change(self, told: TenantState) -> None:
         """Takes what the driver says of it."""
-        if told.state in ("measuring", "measured"):
+        if told.state in ("measuring", "measured", "not measured"):
             self._measuring, self._measured = told.state == "measuring", told.state == "measured"
+            self._unmeasured = f"not measured: {told.reason}" if told.state == "not measured" else ""
             self._beside = None
             return
         self._state, self.reason = told.state, told.reason
@@ -81,7 +83,7 @@ class TenantRow:
             return _without(self.name, self.shown.stage)
         if self.busy:
             return "starts tuning" if self._state == "tuning" else "starts measuring"
-        return self.reason or self.condition
+        return self.reason or self._unmeasured or self.condition
 
 
 class OwnStages:

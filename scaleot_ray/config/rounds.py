@@ -23,7 +23,10 @@ class RoundSettings(Settings):
         0, ge=0, description="by how many rounds a delta may be late and still count, in the round that is then open"
     )
     attempts: int = Field(
-        3, ge=1, description="how often a data owner's tuning is started in a round if its process dies"
+        3,
+        ge=1,
+        description="how often a data owner's tuning is started in a round if its process dies; the same for its "
+        "evaluator",
     )
     max_norm: Number | None = Field(
         None, gt=0, description="longest norm of a delta that is accepted (aggregation.clip_norm shortens instead)"

@@ -40,7 +40,10 @@ class TenantSettings(Settings):
         {}, description="on a cluster: labels (ray start --labels key=value) of the nodes that have its data"
     )
     deadline: Number | None = Field(
-        None, gt=0, description="seconds that its tuning may take in a round; the round then goes on without it"
+        None,
+        gt=0,
+        description="seconds that its tuning may take in a round, all attempts together; the round then goes on "
+        "without it",
     )
     weight: Number = Field(
         1.0,
@@ -84,7 +87,8 @@ class RunSettings(OwnerSettings):
         1,
         ge=1,
         description="at most so many data owners with tune.method=lora share one process and one pass through the "
-        "emulator's frozen weights (packed), provided that their cpus, gpus and node_labels are the same",
+        "emulator's frozen weights (packed), provided that their cpus, gpus and node_labels are the same "
+        "and their memory together fits",
     )
     evaluator: bool = Field(
         False,

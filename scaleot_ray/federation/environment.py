@@ -14,9 +14,9 @@ from scaleot_ray.families.size import ModelSize, model_size
 from scaleot_ray.federation.driver.placement import Placement, check_labels, check_places
 from scaleot_ray.federation.driver.schedule import MachineSchedule, Schedule
 from scaleot_ray.federation.driver.works import all_works
-from scaleot_ray.federation.preflight import check_storage, preflight
+from scaleot_ray.federation.preflight import check_coordinator, check_storage, preflight
 from scaleot_ray.federation.resources.data_check import check_public, model_tokenizer, tenant_checks
-from scaleot_ray.federation.resources.machine import this_machine
+from scaleot_ray.federation.resources.machine import this_machine, usable_memory
 from scaleot_ray.federation.resources.needs import RAY, Needs, run_needs
 from scaleot_ray.federation.resources.node_check import look_at_owner, look_at_tenants
 from scaleot_ray.federation.resources.nodes import living_nodes
@@ -130,8 +130,9 @@ def on_cluster(
         owner = look_at_owner(settings)
         needs = run_needs(settings, owner.size)
         check_storage(settings, needs)
+        check_coordinator(needs, usable_memory())
         if not placement.autoscaling:
             check_places(all_works(settings, needs), needs.emulator, nodes)
         rows_bytes = look_at_tenants(settings, owner)
-        with Placement(placement.timeout, on_progress) as schedule:
+        with Placement(placement.timeout, on_progress, placement.autoscaling) as schedule:
             yield Environment(session, schedule, schedule.place, needs, rows_bytes)

@@ -91,7 +91,7 @@ class RunFolder:
 
         Raises:
             FolderHeld: another run holds it.
-            ConfigError: it cannot be written.
+            ConfigError: it cannot be written, or its file system has no locks.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,25 +104,33 @@ class RunFolder:
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise FolderHeld(
                     f"output: another run is working in {self.path}.", "Wait for it, or set output to another folder."
                 ) from None
+            except OSError as error:
+                raise ConfigError(
+                    f"output: {self.path} cannot be locked against other runs ({error.strerror or error}).",
+                    "Have its file system mounted with locks (Lustre: the option flock; NFS: its lock service), or set "
+                    "output to a folder on another disk.",
+                ) from error
             self._clear()
             yield
         finally:
             os.close(handle)
 
     def is_held(self) -> bool:
-        """Whether a run is working in the folder just now."""
+        """Whether a run is working in the folder just now; not where its file system has no locks."""
         try:
             handle = os.open(self.path / ".lock", os.O_RDONLY)
         except OSError:
             return False
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:
+            return False
         finally:
             os.close(handle)
         return False

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from scaleot_ray.config import RunSettings
-from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.artifacts.storage import read_manifest
+from scaleot_ray.config import AggregationSettings, RunSettings
+from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
+from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.resources.machine import Machine, free_disk
 from scaleot_ray.federation.resources.needs import RAY, Memory, Needs
+from scaleot_ray.federation.rounds.administration import registry_place
 from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.artifact_store import KEY
+from scaleot_ray.federation.rounds.own_registry import check_own
+from scaleot_ray.federation.rounds.registry import AGGREGATE
+from scaleot_ray.federation.rounds.registry.database import KEY as REGISTRY
+from scaleot_ray.federation.rounds.registry.local_volume import check_local
 from scaleot_ray.plugin.aggregation import check_fits_tuning
 
 _GB = 1e9
@@ -42,6 +52,55 @@ def check_storage(settings: RunSettings, needs: Needs) -> None:
         check_artifacts(settings.artifacts, needs)
 
 
+def check_settings(settings: RunSettings) -> None:
+    """What settings say that cannot be, as far as it shows on the node that a run is led from.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    check_names(settings)
+    check_aggregation(settings)
+    check_registry(settings)
+
+
+def check_names(settings: RunSettings) -> None:
+    """Whether the registry takes the names of all data owners.
+
+    Raises:
+        ConfigError: one has the aggregate's.
+    """
+    for index, tenant in enumerate(settings.tenants):
+        if tenant.name == AGGREGATE:
+            raise ConfigError(
+                f"tenants.{index}.name: no data owner can be called {AGGREGATE!r}, which is the plug-in of them all.",
+                "Give it another name.",
+            )
+
+
+def check_registry(settings: RunSettings) -> None:
+    """Whether the place of the registry takes it, and has the one that there is of an earlier start.
+
+    Raises:
+        ConfigError: it is on a network file system, cannot be written to, or the run's registry is not there.
+    """
+    folder = RunFolder(Path(settings.output))
+    place = registry_place(folder, settings.registry)
+    check_local(place, REGISTRY)
+    with contextlib.suppress(ArtifactRefused):  # there is none yet, or it will be built again
+        check_own(folder.coordinator, place, read_manifest(folder.emulator).digest()[:16])
+    if settings.registry is None:
+        return  # whoever holds the run's folder has looked
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{REGISTRY}: {place} cannot be written ({error.strerror or error}).",
+            f"Set {REGISTRY} to a folder that you may write to, on a disk of this machine.",
+        ) from error
+
+
 def check_aggregation(settings: RunSettings) -> None:
     """Whether what data owners tune can be aggregated, and the next round begin with it.
 
@@ -59,6 +118,7 @@ def check_aggregation(settings: RunSettings) -> None:
             "Set one tune.method for all, or leave aggregation out: each then has a plug-in of its own.",
         )
     check_fits_tuning(how, methods[0])
+    _check_trim(settings, how)
     if settings.rounds.count == 1 or methods != ["lora"]:
         return
     if how.method == "concat":
@@ -76,6 +136,23 @@ def check_aggregation(settings: RunSettings) -> None:
             "Set one tune.lora_rank and tune.lora_alpha for all and leave aggregation.rank out, or set rounds.count "
             "to 1.",
         )
+
+
+def _check_trim(settings: RunSettings, how: AggregationSettings) -> None:
+    # A round that went on with its quorum alone would end after all have tuned.
+    count = settings.rounds.quorum or len(settings.tenants)
+    if how.method != "trimmed_mean" or not how.trim or math.floor(how.trim * count + 1e-9):
+        return
+    of = f"the {count} deltas of rounds.quorum" if settings.rounds.quorum else f"{count} deltas"
+    enough = math.ceil(1000 / count) / 1000
+    remedies = [f"aggregation.trim to {enough:g} or more (below 0.5)"] if enough < 0.5 else []
+    if (larger := math.ceil(1 / how.trim)) <= len(settings.tenants):
+        remedies.append(f"rounds.quorum to {larger} or more")
+    remedies.append("aggregation.method to median")
+    raise ConfigError(
+        f"aggregation.trim: {how.trim:g} of {of} is less than one, so none would be left out.",
+        f"Set {', or '.join(remedies)}.",
+    )
 
 
 def check_processors(settings: RunSettings, machine: Machine) -> None:
@@ -116,9 +193,8 @@ def check_memory(settings: RunSettings, needs: Needs, machine: Machine) -> None:
             "In a container, start it with a larger one (docker run --shm-size=…, or an emptyDir of medium Memory); "
             "or set model.dtype to bfloat16.",
         )
+    check_coordinator(needs, machine.memory)
     phases: list[tuple[str, Memory, int]] = [("the model owner's build", needs.owner, 0)]
-    # The coordinator reads and checks the emulator in its own memory before it is shared.
-    phases.append(("sharing the emulator", Memory(needs.emulator, 0), needs.emulator))
     phases += [(f"tuning by data owner {name}", memory, needs.emulator) for name, memory in needs.data_owners.items()]
     phases += [(f"the evaluator of {name}", memory, needs.emulator) for name, memory in needs.evaluators.items()]
     for what, memory, shared in phases:
@@ -127,6 +203,34 @@ def check_memory(settings: RunSettings, needs: Needs, machine: Machine) -> None:
             raise ResourcesMissing(
                 f"memory: {what} needs at least {_gb(wanted)}, {_gb(machine.memory)} are free.",
                 "Set model.dtype to bfloat16, tune.method to lora, or evaluator to false; or use a larger machine.",
+            )
+
+
+def check_coordinator(needs: Needs, memory: int) -> None:
+    """What the coordinator holds at once must fit beside the shared emulator, on the node that a run is led from.
+
+    Args:
+        needs: of the run.
+        memory: bytes that are free there.
+
+    Raises:
+        ResourcesMissing: it does not.
+    """
+    for what, own, remedy in (
+        # It reads and checks the emulator in its own memory before it is shared.
+        ("sharing the emulator", needs.emulator, "Set model.dtype to bfloat16"),
+        (
+            "aggregating what data owners tuned",
+            needs.aggregation,
+            "Set aggregation.method to mean, median or trimmed_mean, which take deltas piece by piece, or tune less "
+            "(emulator.plug_in_layers, tune.lora_rank)",
+        ),
+    ):
+        wanted = RAY + needs.emulator + own
+        if wanted > memory:
+            raise ResourcesMissing(
+                f"memory: {what} needs at least {_gb(wanted)}, {_gb(memory)} are free.",
+                f"{remedy}; or use a larger machine.",
             )
 
 

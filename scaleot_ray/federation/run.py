@@ -13,7 +13,7 @@ from scaleot_ray.federation.driver.report import RunReport
 from scaleot_ray.federation.driver.run_state import RunState, Tenant
 from scaleot_ray.federation.environment import look_here, on_cluster, on_this_machine
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.preflight import check_aggregation
+from scaleot_ray.federation.preflight import check_settings
 from scaleot_ray.federation.resources.processes import PeakMemory
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress, OnTenantState
@@ -50,12 +50,13 @@ def run_local(
         ConfigError, DataError: a setting or a dataset is wrong; most of it before anything starts.
         ArtifactRefused: something must not cross.
         ResourcesMissing: the machine has not what the run needs, or others hold it on a Ray that was given.
-        RunFailed: an actor died, a loss became NaN, a shared tensor was written to.
+        RunFailed: an actor died, a loss became NaN, a shared tensor was written to. Where that befell evaluators,
+            the run ends so only if not one data owner could be measured; the report is written then as well.
         Interrupted: SIGINT or SIGTERM; all processes are gone and checkpoints are usable.
     """
     start = time.monotonic()
     settings = with_absolute_paths(settings)
-    check_aggregation(settings)
+    check_settings(settings)
     facts = look_here(settings) if settings.environment == "local" else None
     folder = RunFolder(Path(settings.output))
     with interruptible(_AGAIN) as listen, folder.held(), PeakMemory() as memory, ExitStack() as stack:
@@ -69,10 +70,13 @@ def run_local(
         state = RunState(
             settings, folder, there.needs, actors, there.schedule, tenants, there.rows_bytes, on_state=on_state
         )
-        report = Phases(state).run()
+        phases = Phases(state)
+        report = phases.run()
     report.seconds = {"total": time.monotonic() - start, "start": started, **report.seconds}
     report.peak_rss_bytes = memory.bytes
     report.write()
+    if (problem := phases.failure()) is not None:
+        raise problem
     return report
 
 

@@ -15,7 +15,7 @@ from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.config import DataSettings, TuneSettings
 from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.assemble import assemble, emulator_content
-from scaleot_ray.errors import ConfigError
+from scaleot_ray.errors import ConfigError, ScaleOTError
 from scaleot_ray.evaluation.score import Score
 from scaleot_ray.evaluation.table import AGGREGATE, ROWS, TenantTable
 from scaleot_ray.families import family_of
@@ -59,6 +59,7 @@ def evaluate_rows(
     device: str = "auto",
     folder: Path | None = None,
     on_progress: OnProgress | None = None,
+    failed: Callable[[str, ScaleOTError], None] | None = None,
 ) -> TenantTable:
     """Measures the given rows on the same test rows; those whose inputs are missing stay out.
 
@@ -80,6 +81,8 @@ def evaluate_rows(
         folder: keeps finished rows and the checkpoint of ``full_tuned``, so that what was interrupted
             goes on and what was measured is not measured again. It depends on private rows: keep it there.
         on_progress: hears of ``ROW NAME`` for each row, and of ``tune full NAME``.
+        failed: takes a row and its error; the row stays out and the others are measured. Without it the first
+            error is raised.
 
     Raises:
         ConfigError: a row is unknown, or the full model or its tokenizer is not what the emulator was built from.
@@ -109,7 +112,12 @@ def evaluate_rows(
     scores: dict[str, Score | None] = {}
     for row in (*ROWS, AGGREGATE):
         if row in rows and work.possible(row):
-            scores[row] = work.measure(row, on_progress)
+            try:
+                scores[row] = work.measure(row, on_progress)
+            except ScaleOTError as error:
+                if failed is None:
+                    raise
+                failed(row, error)
     metric = "accuracy" if test.task == "choice" else "loss"
     return TenantTable(name, metric, scores)
 

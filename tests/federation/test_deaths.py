@@ -22,7 +22,8 @@ SLOW_STAGE_ONE = {"stage_one": {"steps": 400, "checkpoint_every": 5}}
 SLOW_TUNING = {"tune": {"steps": 300, "checkpoint_every": 5}, "evaluator": False}
 ONE_ATTEMPT = {**SLOW_TUNING, "rounds": {"attempts": 1}}
 EVALUATED = {**SLOW_TUNING, "evaluator": True}
-FATAL = ["model owner", "data owner", "evaluator"]
+AT_ONCE = ["model owner", "data owner"]
+FATAL = [*AT_ONCE, "evaluator"]
 
 
 def runs(folder: Path, *scenarios: dict[str, Any], address: str = "", ends: int = 0) -> list[dict[str, Any]]:
@@ -59,19 +60,45 @@ def deaths(folder: Path) -> dict[str, dict[str, Any]]:
         {"kill": "DataOwner", "stage": "tune alice", "step": 12, "settings": ONE_ATTEMPT},
         {"kill": "Coordinator", "stage": "tune alice", "step": 12, "settings": SLOW_TUNING},
         # With a single tenant its evaluator works beside it, on the other processor.
-        {"kill": "Evaluator", "stage": "tune full alice", "step": 12, "settings": EVALUATED, "tenants": 1},
+        {
+            "kill": "Evaluator",
+            "stage": "tune full alice",
+            "step": 12,
+            "settings": {**EVALUATED, "rounds": {"attempts": 1}},
+            "tenants": 1,
+        },
     )
     return {"model owner": owner, "data owner": tenant, "coordinator": coordinator, "evaluator": evaluator}
 
 
 @pytest.mark.parametrize("role", FATAL)
-def test_the_run_ends_at_once_and_says_who(deaths: dict[str, dict[str, Any]], role: str) -> None:
+def test_the_run_ends_and_says_who(deaths: dict[str, dict[str, Any]], role: str) -> None:
     death = deaths[role]
     assert death["error"] == "RunFailed"
     assert death["problem"].startswith(role)
     assert "died: its process was killed" in death["problem"]
     assert "Run the same command again" in death["remedy"]
-    assert death["seconds_after_blow"] < 30
+
+
+@pytest.mark.parametrize("role", AT_ONCE)
+def test_it_ends_at_once(deaths: dict[str, dict[str, Any]], role: str) -> None:
+    assert deaths[role]["seconds_after_blow"] < 30
+
+
+def test_without_an_evaluator_tuning_ends_well_and_the_same_command_only_measures(
+    deaths: dict[str, dict[str, Any]], folder: Path
+) -> None:
+    assert "the same command again only measures" in deaths["evaluator"]["remedy"]
+    (before,) = json.loads((folder / "run" / "report.json").read_text())["tenants"]
+    assert (before["plug_in"], before["unmeasured"]) == (None, deaths["evaluator"]["problem"])
+    # Killed once more, where it may start again.
+    scenario = {"kill": "Evaluator", "stage": "tune full alice", "step": 40, "settings": EVALUATED, "tenants": 1}
+    (again,) = runs(folder, scenario)
+    (alice,) = again["report"]["tenants"]
+    assert alice["delta_digest"] == before["delta_digest"] is not None
+    assert (alice["plug_in"] is None, alice["unmeasured"]) == (False, None)
+    assert "alice measuring: its evaluator died and starts again (2 of 3)" in again["states"]
+    assert "tune alice" not in again["first_seen"]
 
 
 @pytest.mark.parametrize("role", [*FATAL, "coordinator"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
 from scaleot_ray.errors import ConfigError
-from scaleot_ray.federation.folder import RunFolder
+from scaleot_ray.federation.folder import FolderHeld, RunFolder
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -16,6 +19,24 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with RunFolder(tmp_path / "run").held():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(ConfigError, match=f"cannot be locked .*{os.strerror(number)}") as caught,
+        RunFolder(tmp_path).held(),
+    ):
+        pass
+    assert not isinstance(caught.value, FolderHeld)
+    assert "mounted with locks" in caught.value.remedy
+    assert not RunFolder(tmp_path).is_held()
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:

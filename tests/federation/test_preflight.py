@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from scaleot_ray.config import ModelSettings, TuneSettings
+from scaleot_ray.artifacts.storage import write_artifact
+from scaleot_ray.config import ModelSettings, RoundSettings, RunSettings, TuneSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
-from scaleot_ray.federation.preflight import check_disk, preflight
+from scaleot_ray.federation.preflight import (
+    check_aggregation,
+    check_coordinator,
+    check_disk,
+    check_registry,
+    preflight,
+)
 from scaleot_ray.federation.resources.machine import Machine, this_machine, usable_memory
-from scaleot_ray.federation.resources.needs import activations, run_needs, trained_parameters
+from scaleot_ray.federation.resources.needs import RAY, Needs, activations, run_needs, trained_parameters
+from scaleot_ray.federation.run import run_local
+from scaleot_ray.plugin.aggregation import contributions, working_bytes
+from tests.federation.rounds.tiny_deltas import TinyDeltas
 from tests.tiny_models import TINY, save_tiny, tiny_model
 from tests.tiny_run import write_tiny_run
 
@@ -98,6 +110,98 @@ def test_artefacts_kept_elsewhere_need_a_place_that_takes_them(tmp_path: Path) -
     with (tmp_path / "kept" / "sparse").open("wb") as file:  # what is there from an earlier start
         file.truncate(2 << 40)
     preflight(settings, replace(needs, kept=2 << 40), LARGE)
+
+
+def refusal(settings: RunSettings) -> ConfigError:
+    """What a run of these settings is refused with, before it has made anything."""
+    with pytest.raises(ConfigError) as caught:
+        run_local(settings)
+    assert not Path(settings.output).exists()
+    return caught.value
+
+
+def test_a_registry_on_a_network_disk_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = [("ext4", "/"), ("ext4", str(tmp_path)), ("nfs4", str(tmp_path / "run"))]
+    found = [SimpleNamespace(fstype=kind, mountpoint=point) for kind, point in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    assert "registry: " in refusal(write_tiny_run(tmp_path)).problem
+    check_registry(write_tiny_run(tmp_path, registry=str(tmp_path / "registry")))
+
+
+def test_a_registry_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = refusal(write_tiny_run(tmp_path, registry=str(tmp_path / "file" / "registry")))
+    assert error.problem.startswith(f"registry: {tmp_path}/file/registry cannot be written")
+
+
+def test_a_data_owner_with_the_aggregates_name_is_refused_first(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path)
+    tenants = (settings.tenants[0], settings.tenants[1].model_copy(update={"name": "aggregate"}))
+    error = refusal(settings.model_copy(update={"tenants": tenants}))
+    assert error.problem.startswith("tenants.1.name: no data owner can be called 'aggregate'")
+
+
+def of_ten(folder: Path, trim: float, quorum: int | None) -> RunSettings:
+    """A run of ten data owners with a trimmed mean."""
+    rounds = {} if quorum is None else {"quorum": quorum}
+    settings = write_tiny_run(folder, aggregation={"method": "trimmed_mean", "trim": trim})
+    tenants = tuple(settings.tenants[0].model_copy(update={"name": f"tenant-{number}"}) for number in range(10))
+    return settings.model_copy(update={"tenants": tenants, "rounds": RoundSettings(**rounds)})
+
+
+def test_a_trimmed_mean_that_its_quorum_is_too_small_for_is_refused_first(tmp_path: Path) -> None:
+    error = refusal(of_ten(tmp_path, 0.1, 9))
+    assert error.problem.startswith("aggregation.trim: 0.1 of the 9 deltas of rounds.quorum is less than one")
+    assert "aggregation.trim to 0.112 or more" in error.remedy
+    assert "rounds.quorum to 10 or more" in error.remedy
+    for trim, quorum in ((0.112, 9), (0.1, 10), (0.1, None), (0, 2)):  # the remedies, and what needs none
+        check_aggregation(of_ten(tmp_path, trim, quorum))
+    for quorum in (1, 2):  # of two deltas no trim leaves anything
+        assert refusal(of_ten(tmp_path, 0.4, quorum)).remedy == (
+            "Set rounds.quorum to 3 or more, or aggregation.method to median."
+        )
+    error = refusal(of_ten(tmp_path, 0.05, None))
+    assert error.remedy == "Set aggregation.trim to 0.1 or more (below 0.5), or aggregation.method to median."
+
+
+def tuned_by(folder: Path, count: int, how: str, **aggregation: Any) -> Needs:
+    """What so many data owners need with a 7B model and a way of aggregating."""
+    tune = {"method": "lora"} if how in ("concat", "svd") else {}
+    settings = write_tiny_run(folder, tune=tune, aggregation={"method": how, **aggregation})
+    names = [f"tenant-{number}" for number in range(count)]
+    tenants = tuple(settings.tenants[0].model_copy(update={"name": name}) for name in names)
+    return run_needs(settings.model_copy(update={"tenants": tenants}), SEVEN_B)
+
+
+@pytest.mark.parametrize("how", ["concat", "svd", "ties", "dare"])
+def test_what_aggregation_holds_of_all_data_owners_counts(tmp_path: Path, how: str) -> None:
+    few, many = (tuned_by(tmp_path, count, how) for count in (2, 200))
+    assert many.aggregation > 5 * few.aggregation
+    many = replace(many, emulator=many.aggregation)
+    enough = RAY + many.emulator + many.aggregation
+    check_coordinator(many, enough)
+    more = replace(many, aggregation=many.aggregation + 1)
+    with pytest.raises(ResourcesMissing, match="memory: aggregating what data owners tuned needs at least") as caught:
+        check_coordinator(more, enough)
+    assert "aggregation.method to mean" in caught.value.remedy
+
+
+def test_piece_by_piece_it_holds_the_same_of_few_and_many(tmp_path: Path) -> None:
+    few, many = (tuned_by(tmp_path, count, "median").aggregation for count in (2, 200))
+    assert few == many > 0
+    server = [tuned_by(tmp_path, 2, "mean", server=name).aggregation for name in ("none", "momentum", "adam")]
+    assert server == sorted(set(server))
+    assert run_needs(write_tiny_run(tmp_path), SEVEN_B).aggregation == 0
+
+
+def test_it_is_estimated_as_it_is_measured(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, aggregation={"method": "ties"})
+    emulator = TinyDeltas.build(tmp_path)
+    deltas = [(name, write_artifact(emulator.delta(1.0), tmp_path / name), 1.0) for name in ("alice", "bob")]
+    measured = working_bytes(contributions(deltas), settings.aggregation)
+    size = model_size(settings.model)
+    estimated = run_needs(settings, size).aggregation - 12 * trained_parameters(settings.tune, 2, size)
+    assert measured == pytest.approx(estimated, rel=0.5)
 
 
 def test_of_artefacts_kept_elsewhere_two_rounds_are_here(tmp_path: Path) -> None:

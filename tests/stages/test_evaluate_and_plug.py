@@ -15,8 +15,8 @@ import transformers
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.config import DataSettings
 from scaleot_ray.data import HoldOut, open_rows
-from scaleot_ray.errors import ArtifactRefused, ConfigError
-from scaleot_ray.evaluation.table import ROWS, TenantTable, table_json
+from scaleot_ray.errors import ArtifactRefused, ConfigError, RunFailed, ScaleOTError
+from scaleot_ray.evaluation.table import AGGREGATE, ROWS, TenantTable, table_json
 from scaleot_ray.families import loading
 from scaleot_ray.families.loading import BaseModel, load_base_model, model_digest
 from scaleot_ray.families.tokenizer import read_tokenizer
@@ -126,6 +126,19 @@ def test_rows_without_their_inputs_stay_out(built: Built, delta: Artifact) -> No
     assert list(table(built, base=built.base).rows) == ["full_zero_shot"]
     assert list(table(built, emulator=built.emulator).rows) == ["emulator_zero_shot"]
     assert list(table(built, emulator=built.emulator, delta=delta).rows) == ["emulator_zero_shot", "emulator_tuned"]
+
+
+def test_a_row_that_fails_leaves_the_others_as_they_are(built: Built, delta: Artifact) -> None:
+    inputs = everything(built, delta) | {"aggregate": delta, "rows": (*ROWS, AGGREGATE)}
+    inputs["tune"] = built.settings.tune.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(RunFailed, match="the loss is"):
+        table(built, **inputs)
+    failures = dict[str, ScaleOTError]()
+    found = table(built, **inputs, failed=failures.__setitem__)
+    assert [(row, type(error)) for row, error in failures.items()] == [("full_tuned", RunFailed)]
+    assert found.rows.keys() == {*ROWS, AGGREGATE} - {"full_tuned"}
+    # The full model is what it was when the next row is measured on it.
+    assert found.value(AGGREGATE) == found.value("plug_in") != found.value("full_zero_shot")
 
 
 def test_rows_of_another_delta_are_measured_again(built: Built, delta: Artifact, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ the run with an error that names the actor.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +18,33 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.federation.driver.silence import Silence
 from scaleot_ray.federation.driver.starting import Starts
 from scaleot_ray.federation.resources.failure import actor_failure
 from scaleot_ray.federation.resources.processes import PeakMemory, end, end_marked, wait_for_end
 from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.coordinator import COORDINATOR, Charge, Coordinator
 from scaleot_ray.federation.roles.role import ACTORS, Present, start, stop
-from scaleot_ray.progress import OnProgress
+from scaleot_ray.progress import OnProgress, Progress
 
 _NAMESPACE = "scaleot"
 _LOOK_SECONDS = 0.2
 _UNWIND_SECONDS = 3.0
 _ANSWER_SECONDS = 120.0  # for an answer that is ready, or that the coordinator gives at once
+
+
+def coordinator_name(folder: str, node: str) -> str:
+    """Ray's name for the coordinator of a run: another one only where folder and node are the same.
+
+    A folder is held for one run on one node; the same path on another node may be another folder.
+
+    Args:
+        folder: the run's, in full.
+        node: Ray's id of the node that it is on.
+    """
+    return f"coordinator-{hashlib.sha256(f'{node}:{folder}'.encode()).hexdigest()[:16]}"
 
 
 @dataclass(eq=False)
@@ -94,6 +109,7 @@ class Actors:
         self.between: Callable[[], None] = lambda: None
         self._memory = memory
         self._starts = Starts(session, on_progress)
+        self._silence = Silence(self._tell_of_silence)
         self._waiting: dict[ray.ObjectRef, tuple[Running, Then, Failed]] = {}
 
     def __enter__(self) -> Actors:
@@ -113,8 +129,9 @@ class Actors:
         end_marked(ACTORS, self.mark)
         self.living.clear()
 
-    def start_coordinator(self, charge: Charge, name: str) -> None:
+    def start_coordinator(self, charge: Charge) -> None:
         """Starts the coordinator under its name; one of that name is of a driver that was killed, and ends."""
+        name = coordinator_name(charge.folder, self.session.node)
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, _NAMESPACE), no_restart=True)
         detached: dict[str, Any] = {"name": name, "namespace": _NAMESPACE, "lifetime": "detached"}
@@ -216,10 +233,11 @@ class Actors:
             ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
             for answer in ready:
                 self._see_to(answer)
-            self._starts.look()
+            self._give_up_starts()
             if self.coordinator.started:
                 self.between()
                 self._pass_on_reports()
+                self._silence.look(self._working())
 
     def failure(self, actor: Running, error: Exception) -> ScaleOTError:
         """An exception that an answer raised, as an error that names the actor."""
@@ -227,6 +245,13 @@ class Actors:
             actor = self.coordinator  # the only actor that others wait for
             error = error.cause
         return actor_failure(error, actor.role, actor.pid, self.session.logs, actor.elsewhere)
+
+    def _give_up_starts(self) -> None:
+        """An actor that does not come to life is a failure like any other of it."""
+        for role, problem in self._starts.look().items():
+            failed = next(failed for actor, _, failed in self._waiting.values() if actor.role == role)
+            if not failed(problem):
+                raise problem
 
     def _see_to(self, answer: ray.ObjectRef) -> None:
         actor, then, failed = self._waiting.pop(answer)
@@ -245,5 +270,16 @@ class Actors:
         except Exception as error:
             raise self.failure(self.coordinator, error) from error
         for report in reports:
+            self._silence.heard(self._working(), report)
             if self.on_progress is not None:
                 self.on_progress(report)
+
+    def _working(self) -> list[Running]:
+        """Those that report what they do."""
+        return [actor for actor in self.living if actor is not self.coordinator]
+
+    def _tell_of_silence(self, actor: Running, what: str, over: bool) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(what, int(over), 1, tenant=tenant_of(actor.role)))
+        if not over:
+            self.call_coordinator("note", what, tenant_of(actor.role))

@@ -21,10 +21,14 @@ class Pack:
     Attributes:
         tenants: those of whom something is expected still.
         role: who the process is; it does not change when one of them leaves.
+        shared: whether it was made for several.
     """
 
     tenants: list[Tenant]
     role: str
+
+    def __post_init__(self) -> None:
+        self.shared = len(self.tenants) > 1
 
 
 class Packs:
@@ -33,10 +37,11 @@ class Packs:
     Args:
         largest: data owners in one pack at most.
         schedule: knows which of them work or wait.
+        fit: whether there is room for a process of these data owners.
     """
 
-    def __init__(self, largest: int, schedule: Schedule) -> None:
-        self._largest, self._schedule = largest, schedule
+    def __init__(self, largest: int, schedule: Schedule, fit: Callable[[list[Tenant]], bool]) -> None:
+        self._largest, self._schedule, self._fit = largest, schedule, fit
         self._packs: dict[str, Pack] = {}
 
     def of(self, tenant: Tenant) -> Pack | None:
@@ -46,19 +51,30 @@ class Packs:
     def grouped(self, waiting: Sequence[Tenant]) -> Iterator[Pack]:
         """Packs of those that wait, in their order; in one are only such as claim the same on the same nodes.
 
-        Those that the schedule takes are known from then on.
+        No pack claims more than there is; a data owner that does not fit in with others is one by itself. Those that
+        the schedule takes are known from then on.
         """
         alike: dict[tuple[object, ...], list[Tenant]] = {}
         for tenant in waiting:
             settings = tenant.settings
             claims = (settings.cpus, settings.gpus, tuple(sorted(settings.node_labels.items())))
             alike.setdefault(claims, []).append(tenant)
-        for tenants in alike.values():
-            for first in range(0, len(tenants), self._largest):
-                members = tenants[first : first + self._largest]
-                pack = Pack(members, _role([tenant.name for tenant in members]))
-                self._packs[pack.role] = pack
-                yield pack
+        for members in (members for tenants in alike.values() for members in self._filled(tenants)):
+            pack = Pack(members, _role([tenant.name for tenant in members]))
+            self._packs[pack.role] = pack
+            yield pack
+
+    def _filled(self, tenants: Sequence[Tenant]) -> Iterator[list[Tenant]]:
+        """These in their order, as many together as may be."""
+        members: list[Tenant] = []
+        for tenant in tenants:
+            joined = [*members, tenant]
+            full = len(joined) > self._largest or any(one.alone for one in joined) or not self._fit(joined)
+            if members and full:
+                yield members
+                joined = [tenant]
+            members = joined
+        yield members
 
     def leave(self, tenant: Tenant, others_go_on: Callable[[Pack], None], all_end: Callable[[Pack], None]) -> None:
         """Takes a data owner out of its pack, if it is in one.

@@ -6,9 +6,8 @@ when it dies. What happens to data owners is in :mod:`scaleot_ray.federation.dri
 
 from __future__ import annotations
 
-import hashlib
-
 from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.errors import RunFailed, ScaleOTError
 from scaleot_ray.federation.driver.actors import Running
 from scaleot_ray.federation.driver.measuring import Measuring
 from scaleot_ray.federation.driver.report import RunReport, TenantResult
@@ -33,10 +32,12 @@ class Phases:
         self.state = state
         self._rounds = TuningRounds(state, self._start_what_fits)
         self._measuring = Measuring(state)
+        self._administering = 0  # requests whose consequences are not all known yet
 
     def run(self) -> RunReport:
         """All phases, one after the other; the report lacks the totals that only the caller knows."""
         actors, settings, tenants = self.state.actors, self.state.settings, self.state.tenants
+        actors.between = self._answer_early
         self._start_coordinator()
         built = self._build()
         for tenant in tenants:
@@ -53,10 +54,15 @@ class Phases:
                 actors.ask_coordinator("declare_evaluator", tenant.name, self.state.rows_bytes[tenant.name])
         self._rounds.run()
         if settings.aggregation is not None:
-            self._measuring.aggregate = actors.ask_coordinator("in_common")
+            self._measuring.take_aggregate(actors.ask_coordinator("in_common"))
         actors.until(self._measured)
+        actors.between = lambda: None  # whoever asks now does it when the run has ended
         actors.ask_coordinator("finish")
         return self._report(built)
+
+    def failure(self) -> ScaleOTError | None:
+        """What is wrong with a run that has come to its report, and what it was asked for is not in there."""
+        return self._measuring.failure()
 
     def _start_coordinator(self) -> None:
         settings, folder = self.state.settings, self.state.folder
@@ -70,8 +76,7 @@ class Phases:
             settings.artifacts,
             tunes={tenant.name: settings.tune_of(tenant) for tenant in settings.tenants},
         )
-        name = f"coordinator-{hashlib.sha256(str(folder.path).encode()).hexdigest()[:16]}"
-        self.state.actors.start_coordinator(charge, name)
+        self.state.actors.start_coordinator(charge)
 
     def _build(self) -> BuildResult:
         state, settings, folder, actors = self.state, self.state.settings, self.state.folder, self.state.actors
@@ -101,7 +106,17 @@ class Phases:
 
     def _measured(self) -> bool:
         self._start_what_fits()
-        return self._measuring.is_over()
+        return self._measuring.is_over() and not self._administering
+
+    def _answer_early(self) -> None:
+        """Tells whoever asks at once that there is no registry yet: building may take hours."""
+        for name, _ in pending(self.state.folder):
+            problem = RunFailed(
+                f"{self.state.folder.path}: the run that is under way builds its emulator, and nobody takes part yet.",
+                "Ask once more when `scaleot status` shows a round; to keep a data owner out of all of it, end the run "
+                "and take it out of tenants.",
+            )
+            reply(self.state.folder, name, problem)
 
     def _administer(self) -> None:
         for name, request in pending(self.state.folder):
@@ -111,8 +126,11 @@ class Phases:
         """Does what an administrator asks of the run that is under way."""
         actors, folder = self.state.actors, self.state.folder
 
+        self._administering += 1
+
         def remade(found: PlugIn | None) -> None:
-            self._measuring.aggregate = found
+            self._measuring.take_aggregate(found)
+            self._administering -= 1
 
         def done(changed: list[int]) -> None:
             verb = {"pause": "paused", "cancel": "cancelled", "revoke": "revoked"}.get(request.action)
@@ -124,9 +142,12 @@ class Phases:
                     self._rounds.leave_out(tenant, f"{tenant.name} was {verb}{why}")
             if self._measuring.aggregate is not None and changed:
                 actors.call_coordinator("in_common", then=remade)
+            else:
+                self._administering -= 1
             reply(folder, name, changed)
 
         def failed(error: Exception) -> bool:
+            self._administering -= 1
             reply(folder, name, actors.failure(actors.coordinator, error))
             return True
 
@@ -160,4 +181,5 @@ def _result(tenant: Tenant) -> TenantResult:
         delta_bytes=tenant.entry.delta_bytes if tenant.entry is not None else None,
         delta_digest=tenant.entry.delta_digest if tenant.entry is not None else None,
         seconds=tenant.seconds,
+        unmeasured=tenant.trouble.problem if tenant.trouble is not None else None,
     )

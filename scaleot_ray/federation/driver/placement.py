@@ -25,6 +25,9 @@ from scaleot_ray.progress import OnProgress, Progress
 SAY_SECONDS = 10.0
 """A wait for room longer than this is told of."""
 
+NODES_SECONDS = 10.0
+"""So long what was found of the nodes is taken as true; what is possible is asked several times a second."""
+
 _GB = 1e9
 
 
@@ -43,10 +46,12 @@ class Placement:
     Args:
         timeout: seconds without any part at work after which one that waits is given up.
         on_progress: hears who waits.
+        autoscaling: nodes may come that are larger than those there are.
     """
 
-    def __init__(self, timeout: float, on_progress: OnProgress | None) -> None:
-        self._timeout, self._on_progress = timeout, on_progress
+    def __init__(self, timeout: float, on_progress: OnProgress | None, autoscaling: bool = False) -> None:
+        self._timeout, self._on_progress, self._autoscaling = timeout, on_progress, autoscaling
+        self._nodes, self._looked = list[Node](), -NODES_SECONDS
         self._seats: dict[str, _Seat] = {}
         self._busy = time.monotonic()  # when something was last at work
 
@@ -73,6 +78,14 @@ class Placement:
                 self._told(seat, 1)
                 seat.work.begin()
         self._look()
+
+    def fits(self, work: Work) -> bool:
+        """Whether some node would have room for it, did nothing else work; with autoscaling one may turn up."""
+        if self._autoscaling:
+            return True
+        if time.monotonic() - self._looked >= NODES_SECONDS:
+            self._nodes, self._looked = living_nodes(), time.monotonic()
+        return any(_has_room(node, work) for node in self._nodes)
 
     def has(self, role: str) -> bool:
         """Whether this part works, or waits for its place."""
@@ -150,7 +163,7 @@ def check_places(works: Sequence[Work], emulator: int, nodes: Sequence[Node]) ->
     """
     for work in works:
         able = [node for node in nodes if node.has_labels(work.labels)]
-        if not any(work.cpus <= node.cpus and work.gpus <= node.gpus and work.memory <= node.memory for node in able):
+        if not any(_has_room(node, work) for node in able):
             raise ResourcesMissing(
                 f"{work.role} asks for {described(work)} on one node, and no node"
                 f"{' with its labels' if work.labels else ''} has that; {_there(able)}.",
@@ -171,6 +184,12 @@ def described(work: Work) -> str:
     """What a part asks for, in words."""
     parts = [f"{work.cpus:g} processors"] + ([f"{work.gpus:g} GPUs"] if work.gpus else [])
     return ", ".join([*parts, f"{work.memory / _GB:.1f} GB of memory"])
+
+
+def _has_room(node: Node, work: Work) -> bool:
+    """Whether a part would fit on a node, were it alone there."""
+    there = work.cpus <= node.cpus and work.gpus <= node.gpus and work.memory <= node.memory
+    return there and node.has_labels(work.labels)
 
 
 def _there(nodes: Sequence[Node]) -> str:

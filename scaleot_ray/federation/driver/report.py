@@ -31,6 +31,7 @@ class TenantResult:
         measured: the evaluator's rows; None without a declared evaluator.
         delta_bytes, delta_digest: of the delta artefact; None where it has submitted none.
         seconds: ``tune``, and with an evaluator ``evaluate``.
+        unmeasured: why the evaluator's rows are not all there; None where none was declared, or it had no trouble.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TenantResult:
     delta_bytes: int | None
     delta_digest: str | None
     seconds: dict[str, float]
+    unmeasured: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The tenant's row of the report; rows that nobody may measure are null."""
@@ -52,6 +54,7 @@ class TenantResult:
             "delta_bytes": self.delta_bytes,
             "delta_digest": self.delta_digest,
             "seconds": self.seconds,
+            "unmeasured": self.unmeasured,
         }
 
 

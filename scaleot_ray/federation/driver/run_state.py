@@ -14,7 +14,7 @@ from scaleot_ray.federation.driver.actors import Actors, Running
 from scaleot_ray.federation.driver.schedule import Schedule
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.resources.needs import Needs
-from scaleot_ray.federation.roles.coordinator import Entry
+from scaleot_ray.federation.roles.coordinator import Entry, evaluator
 from scaleot_ray.federation.roles.data_owner import Part
 from scaleot_ray.progress import OnTenantState, State, TenantState
 
@@ -26,11 +26,14 @@ class Tenant:
     Attributes:
         settings: its section.
         token: what its submissions must carry; None where it takes no part.
-        tuning: the round that an actor tunes for now; ``since``: when it was started.
+        tuning: the round that an actor tunes for now; ``since``: when it was started; ``spent``: seconds that earlier
+            attempts in this round took.
         submitted: the latest round that has its delta.
         attempts: how often its tuning was started in the round under way.
+        alone: it shares no process any more: one that it shared died, or found no place.
         left_out: why nothing more is expected of it in the round under way.
-        measured: an evaluator measures its rows.
+        measured: an evaluator measures its rows; ``measurings``: how often one was started, each time it died.
+        failed_rows: of those that could not be measured, why; ``unmeasured``: why nothing more is in this run.
         entry: what the coordinator has of it, once that will not change any more.
         table: the evaluator's rows so far.
         seconds: ``tune`` and ``evaluate``.
@@ -40,10 +43,15 @@ class Tenant:
     token: str | None = None
     tuning: int | None = None
     since: float = 0.0
+    spent: float = 0.0
     submitted: int = 0
     attempts: int = 0
+    alone: bool = False
     left_out: ScaleOTError | None = None
     measured: bool = False
+    measurings: int = 0
+    failed_rows: dict[str, ScaleOTError] = field(default_factory=dict)
+    unmeasured: ScaleOTError | None = None
     entry: Entry | None = None
     table: TenantTable | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,6 +65,33 @@ class Tenant:
     def metric(self) -> str:
         """What its rows are measured by."""
         return "accuracy" if self.settings.test.task == "choice" else "loss"
+
+    @property
+    def trouble(self) -> ScaleOTError | None:
+        """Why rows are missing that its evaluator should have measured; None where none is."""
+        if self.unmeasured is not None or not self.failed_rows:
+            return self.unmeasured
+        first, rows = next(iter(self.failed_rows.values())), self.failed_rows.items()
+        problem = "; ".join(f"{row}: {error.problem}" for row, error in rows)
+        return type(first)(f"{evaluator(self.name)}: {problem}", first.remedy)
+
+    def begin_tuning(self, number: int, now: float) -> None:
+        """An actor tunes for it from now on; once more where one has before in this round."""
+        self.tuning, self.attempts, self.since = number, self.attempts + 1, now
+
+    def end_tuning(self, now: float) -> None:
+        """No actor tunes for it any more."""
+        self.spent, self.tuning = self.tuned_for(now), None
+
+    def tuned_for(self, now: float) -> float:
+        """Seconds that it has tuned in this round, all attempts together; waiting for its turn does not count."""
+        return self.spent + (now - self.since if self.tuning is not None else 0.0)
+
+    def begin_round(self) -> None:
+        """A new round begins for it; what tunes still for the one before goes on as it is."""
+        self.attempts, self.left_out = 0, None
+        if self.tuning is None:
+            self.spent = 0.0
 
     def has_rows(self, rows: Sequence[str]) -> bool:
         """Whether the evaluator has measured these rows."""

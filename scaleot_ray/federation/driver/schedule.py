@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from scaleot_ray.errors import ScaleOTError
+from scaleot_ray.federation.driver.gpus import Gpus
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Work:
     no_place: Callable[[ScaleOTError], None] | None = field(default=None, compare=False, repr=False)
 
 
-def next_work(waiting: Sequence[Work], running: Sequence[Work], cpus: float, gpus: float, memory: int) -> Work | None:
+def next_work(waiting: Sequence[Work], running: Sequence[Work], cpus: float, gpus: Gpus, memory: int) -> Work | None:
     """The first that fits beside what runs; later ones may overtake one that does not fit.
 
     Tuning comes first in ``waiting``: the rows of the full model do not need a delta, so they fill
@@ -41,14 +42,12 @@ def next_work(waiting: Sequence[Work], running: Sequence[Work], cpus: float, gpu
     Args:
         waiting: in order of preference.
         running: what runs now.
-        cpus, gpus: what there is for all together.
+        cpus: what there is for all together.
+        gpus: those that there are; what runs has its share of them.
         memory: bytes there are for all together.
     """
     for work in waiting:
-        fits = (
-            work.cpus + sum(item.cpus for item in running) <= cpus
-            and work.gpus + sum(item.gpus for item in running) <= gpus
-        )
+        fits = work.cpus + sum(item.cpus for item in running) <= cpus and gpus.have(work.gpus)
         if fits and (not running or work.memory + sum(item.memory for item in running) <= memory):
             return work
     return None
@@ -59,6 +58,9 @@ class Schedule(Protocol):
 
     def start(self, possible: Callable[[], Sequence[Work]]) -> None:
         """Starts what fits; ``possible`` gives what waits, in order of preference."""
+
+    def fits(self, work: Work) -> bool:
+        """Whether there would be room for it, did nothing else of the run work."""
 
     def has(self, role: str) -> bool:
         """Whether the work of this role runs, or waits for its place."""
@@ -71,19 +73,24 @@ class MachineSchedule:
     """The schedule of one machine: what runs now, and what there is for all together.
 
     Args:
-        cpus, gpus: as for :func:`next_work`.
-        memory: the same, in bytes.
+        cpus, gpus: how many; of a GPU that others have a share of, the rest.
+        memory: bytes there are for all together.
     """
 
     def __init__(self, cpus: float, gpus: float, memory: int) -> None:
-        self._cpus, self._gpus, self._memory = cpus, gpus, memory
+        self._cpus, self._gpus, self._memory = cpus, Gpus(gpus), memory
         self._running: list[Work] = []
 
     def start(self, possible: Callable[[], Sequence[Work]]) -> None:
         """Starts what fits; ``possible`` is asked anew after each, since one that has begun may rule out others."""
         while (work := next_work(possible(), self._running, self._cpus, self._gpus, self._memory)) is not None:
             self._running.append(work)
+            self._gpus.take(work.role, work.gpus)
             work.begin()
+
+    def fits(self, work: Work) -> bool:
+        """Whether there is memory for it; processors and GPUs are what its data owners claim, and the same for all."""
+        return work.memory <= self._memory
 
     def has(self, role: str) -> bool:
         """Whether the work of this role runs."""
@@ -92,3 +99,4 @@ class MachineSchedule:
     def over(self, role: str) -> None:
         """The work of this role has ended, if there was any: what it claimed is free again."""
         self._running = [work for work in self._running if work.role != role]
+        self._gpus.give_back(role)

@@ -21,7 +21,7 @@ SAY_SECONDS = 10.0
 """A wait for processors longer than this is told of; a new process takes a part of it."""
 
 START_SECONDS = 300.0
-"""An actor that has not answered after so long ends the run; on a busy machine with slow disks one takes a minute."""
+"""An actor that has not answered after so long is given up; on a busy machine with slow disks one takes a minute."""
 
 
 @dataclass(eq=False)
@@ -64,21 +64,24 @@ class Starts:
         if start is not None and start.said is not None:
             self._tell(role, start.said, 1)
 
-    def look(self) -> None:
+    def look(self) -> dict[str, ScaleOTError]:
         """Tells of those that wait for processors, on a Ray where others may have taken them.
 
-        Raises:
-            ResourcesMissing: one has waited too long; names it, what it asks for and what is free.
-            RunFailed: one has its processors and a process, and still does not answer.
+        Returns:
+            Who has waited too long, and why: :class:`ResourcesMissing` names what it asks for and what is free;
+            :class:`RunFailed` where it has its processors and a process, and still does not answer.
         """
+        given_up = {}
         for role, start in self._waiting.items():
             waited = time.monotonic() - start.since
             if waited > START_SECONDS:
-                raise self._given_up(role, start)
+                given_up[role] = self._given_up(role, start)
+                continue
             silent = start.said is None and not self._session.private
             if silent and waited > SAY_SECONDS and not self._has_process(start):
                 start.said = f"{role} waits for {self._missing(start)}"
                 self._tell(role, start.said, 0)
+        return given_up
 
     def _given_up(self, role: str, start: Start) -> ScaleOTError:
         if self._has_process(start):

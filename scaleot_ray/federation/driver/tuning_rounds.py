@@ -1,7 +1,7 @@
 """The driver's side of the rounds: who tunes, who starts again, who is left out, and when a round is over.
 
 What counts is what the coordinator's registry has; here is only who is being waited for. A data owner whose
-process dies starts again, and is left out where the quorum holds without it.
+process dies starts again, alone where it shared it with others, and is left out where the quorum holds without it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from scaleot_ray.errors import RunFailed, ScaleOTError
+from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.driver.actors import Running
 from scaleot_ray.federation.driver.packs import Pack, Packs
 from scaleot_ray.federation.driver.report import RoundResult
@@ -39,7 +39,11 @@ class TuningRounds:
         self._state, self._start_what_fits = state, start_what_fits
         self._open: Opened | None = None
         self._last = False  # the round under way is the last: what data owners submit stays
-        self._packs = Packs(state.settings.tenants_per_process, state.schedule)
+        self._packs = Packs(
+            state.settings.tenants_per_process,
+            state.schedule,
+            lambda tenants: state.schedule.fits(self._work(Pack(tenants, ""))),
+        )
 
     def run(self) -> None:
         """Every round that the registry does not have yet; then each data owner's entry is final."""
@@ -98,7 +102,7 @@ class TuningRounds:
         begun, number, state = time.monotonic(), opened.round.number, self._state
         self._open, self._last = opened, opened.last
         for tenant in state.tenants:
-            tenant.attempts, tenant.left_out = 0, None
+            tenant.begin_round()
             if opened.submitted.get(tenant.name):
                 tenant.submitted = number
             self._tell_of_begin(tenant)
@@ -127,7 +131,7 @@ class TuningRounds:
         """Starts what can start; true when nothing more is to be waited for."""
         assert self._open is not None
         for tenant in self._taking_part():
-            longest, took = tenant.settings.deadline, time.monotonic() - tenant.since
+            longest, took = tenant.settings.deadline, tenant.tuned_for(time.monotonic())
             if tenant.tuning is not None and longest is not None and took > longest:
                 self.leave_out(tenant, f"{tenant.name} took longer than its deadline of {longest:g} seconds")
         self._start_what_fits()
@@ -154,7 +158,7 @@ class TuningRounds:
         state, actors, number, final = self._state, self._state.actors, self._open.round.number, self._last
         begun = time.monotonic()
         for tenant in pack.tenants:
-            tenant.tuning, tenant.attempts, tenant.since = number, tenant.attempts + 1, begun
+            tenant.begin_tuning(number, begun)
             actors.call_coordinator("begin_part", number, tenant.name, secrets.token_hex(8))
             state.tell(tenant, "tuning", number)
         actor = self._start(pack, lambda error: self._tuning_failed(pack, actor, error))
@@ -171,7 +175,7 @@ class TuningRounds:
         def took(tenant: Tenant, entry: Entry | None) -> None:
             if tenant.tuning != number:
                 return  # left out, or its round closed, while the coordinator was asked
-            tenant.tuning = None
+            tenant.end_tuning(time.monotonic())
             if entry is None:
                 return  # revoked meanwhile
             tenant.submitted = entry.round  # of a late one: the round that it counts in
@@ -198,22 +202,32 @@ class TuningRounds:
         actors = self._state.actors
         if actor not in actors.living:
             return True  # both answers of a dead actor fail; the first has been seen to
-        problem = actors.failure(actor, error)
+        problem, died = actors.failure(actor, error), has_died(error)
+        # What does not suffice for all of them may well suffice for each.
+        again = died or (pack.shared and isinstance(problem, ResourcesMissing))
         attempts = self._state.settings.rounds.attempts
         for tenant in list(pack.tenants):
             number = tenant.tuning
-            if has_died(error) and tenant.attempts < attempts:
+            # Who of them made it die is not known: only alone does that cost nobody else's attempts.
+            tenant.alone = tenant.alone or pack.shared
+            if again and tenant.attempts < attempts:
                 actors.call_coordinator("died", number, tenant.name, problem.problem.splitlines()[0])
                 self._end_tuning(tenant)
-                why = f"died and starts again ({tenant.attempts + 1} of {attempts})"
+                why = f"{'died' if died else 'lacked room'} and starts again ({tenant.attempts + 1} of {attempts})"
                 self._state.tell(tenant, "waiting", number, why)
             else:
                 self._left_out(tenant, problem)
         return True
 
     def _no_place(self, pack: Pack, problem: ScaleOTError) -> None:
+        assert self._open is not None
         for tenant in list(pack.tenants):
-            self._left_out(tenant, problem)
+            if pack.shared:
+                tenant.alone = True
+                why = "found no place with others and waits for one alone"
+                self._state.tell(tenant, "waiting", self._open.round.number, why)
+            else:
+                self._left_out(tenant, problem)
 
     def _left_out(self, tenant: Tenant, problem: ScaleOTError) -> None:
         assert self._open is not None
@@ -223,7 +237,7 @@ class TuningRounds:
         self._state.actors.call_coordinator("leave_out", self._open.round.number, tenant.name, problem.problem)
 
     def _end_tuning(self, tenant: Tenant) -> None:
-        tenant.tuning = None
+        tenant.end_tuning(time.monotonic())
         actors = self._state.actors
 
         def leave(pack: Pack) -> None:

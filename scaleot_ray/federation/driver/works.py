@@ -34,13 +34,23 @@ def tuning(
     return replace(works[0], memory=memory, no_place=no_place)
 
 
-def measuring(settings: RunSettings, needs: Needs, tenant: TenantSettings, begin: Begin) -> Work:
+def measuring(
+    settings: RunSettings,
+    needs: Needs,
+    tenant: TenantSettings,
+    begin: Begin,
+    no_place: Callable[[ScaleOTError], None] | None = None,
+) -> Work:
     """The measuring of a data owner's rows: the evaluator holds the full model, so it is where that may be."""
-    return _of(evaluator(tenant.name), tenant, needs.evaluators, begin, settings.placement.owner_labels)
+    work = _of(evaluator(tenant.name), tenant, needs.evaluators, begin, settings.placement.owner_labels)
+    return replace(work, no_place=no_place)
 
 
 def all_works(settings: RunSettings, needs: Needs) -> list[Work]:
-    """Every part of a run that claims anything, none of which can begin: for looking whether there is room for it."""
+    """Every part of a run that claims anything, none of which can begin: for looking whether there is room for it.
+
+    Data owners that may share a process are looked at one by one: they share it only as far as there is room.
+    """
 
     def never() -> None:
         raise AssertionError("this work is only looked at")

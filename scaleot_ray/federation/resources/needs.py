@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scaleot_ray.config import RunSettings, StageOneSettings, TuneSettings
+from scaleot_ray.config import AggregationSettings, RunSettings, StageOneSettings, TuneSettings
 from scaleot_ray.families.size import ModelSize
+from scaleot_ray.plugin.aggregation.combine import ACROSS_BYTES
 from scaleot_ray.result_folder import is_uri
 
 PROCESS = 450 << 20
@@ -50,6 +52,7 @@ class Needs:
         owner: the model owner's build.
         data_owners: tuning, by tenant.
         evaluators: measuring and tuning the full model, by tenant; empty without an evaluator.
+        aggregation: what the coordinator holds while it makes one delta of all; 0 without aggregation.
     """
 
     emulator: int
@@ -59,6 +62,7 @@ class Needs:
     owner: Memory
     data_owners: dict[str, Memory]
     evaluators: dict[str, Memory]
+    aggregation: int = 0
 
 
 def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
@@ -99,6 +103,7 @@ def run_needs(settings: RunSettings, size: ModelSize) -> Needs:
         }
         if settings.evaluator
         else {},
+        aggregation=_aggregation(settings.aggregation, tunes, trained, size) if settings.aggregation else 0,
     )
 
 
@@ -117,6 +122,24 @@ def activations(tune: TuneSettings, size: ModelSize) -> int:
     """Bytes of a training step's activations and logits in fp32."""
     tokens = tune.batch_size * tune.block_size
     return _step(tokens, 2 if tune.gradient_checkpointing else size.layers, size)
+
+
+def _aggregation(
+    how: AggregationSettings, tunes: Mapping[str, TuneSettings], trained: Mapping[str, int], size: ModelSize
+) -> int:
+    # As :func:`~scaleot_ray.plugin.aggregation.working_bytes` has it of deltas that are there.
+    largest, ranks = max(trained.values()), [tune.lora_rank for tune in tunes.values()]
+    projection = size.layer_parameters // 3  # the largest one of a layer: of its MLP, about
+    result, working = largest, ACROSS_BYTES
+    if how.method in ("concat", "svd"):
+        stacked = sum(ranks)
+        working = 3 * 8 * stacked * (size.width + projection // size.width)
+        result = largest * (stacked if how.method == "concat" else how.rank or max(ranks)) // max(ranks)
+    elif how.method in ("ties", "dare"):
+        working = 5 * len(tunes) * 4 * projection
+    # Steps, and the running values before and after one.
+    server = {"none": 0, "momentum": 3, "adam": 5}[how.server]
+    return working + (8 + 4) * result + 8 * server * largest
 
 
 def _training(count: int, weight: int) -> int:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,7 @@ import psutil
 
 _SECONDS = 0.5  # between two looks
 _KILL_SECONDS = 5.0  # the kernel needs a moment to take back gigabytes
+_RAYS = tuple(f"{place}{os.sep}" for place in (find_spec("ray").submodule_search_locations or ()))  # type: ignore[union-attr]
 
 
 class PeakMemory:
@@ -135,9 +137,10 @@ def end_marked(name: str, value: str, seconds: float = _KILL_SECONDS) -> None:
 
 
 def end_users_of(folder: Path, seconds: float = _KILL_SECONDS) -> None:
-    """Kills every process that has a file open in a folder, and waits until they are gone.
+    """Kills every process of Ray's that has a file open in a folder, and waits until they are gone.
 
     A process that shows a title of its own, as Ray's agents do, writes it over its environment, marks included.
+    Whoever else looks into the folder goes on.
     """
     _end_all(lambda: users_of(folder), seconds)
 
@@ -156,17 +159,25 @@ def _end_all(find: Callable[[], list[psutil.Process]], seconds: float) -> None:
 
 
 def users_of(folder: Path) -> list[psutil.Process]:
-    """Living processes, other than this one, that have a file open in a folder."""
+    """Living processes of Ray's, other than this one, that have a file open in a folder."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and any(
-                Path(file.path).is_relative_to(folder) for file in process.open_files()
+            if (
+                process.pid != os.getpid()
+                and _is_rays(process)
+                and any(Path(file.path).is_relative_to(folder) for file in process.open_files())
             ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue  # not ours to look at, or gone
     return found
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    """Whether it has a title that Ray gives, or runs a program out of Ray's package."""
+    words = process.cmdline()
+    return bool(words) and (words[0].startswith("ray::") or any(word.startswith(_RAYS) for word in words[:3]))
 
 
 def marked(name: str, value: str) -> list[psutil.Process]:

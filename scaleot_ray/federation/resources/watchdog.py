@@ -24,7 +24,7 @@ def watched(name: str, value: str, folder: Path) -> Iterator[None]:
     Args:
         name: of an environment variable.
         value: what those processes have there; the watchdog has not.
-        folder: of theirs; whatever has a file open in it ends too.
+        folder: of theirs; whatever of Ray's has a file open in it ends too.
     """
     # A session of its own, so that what a terminal or a scheduler sends to all of us does not end it first.
     watchdog = subprocess.Popen(

@@ -197,6 +197,10 @@ class Coordinator(Role):
         """Records that the process died in which a data owner tuned."""
         self._events.died(tenant, number, reason)
 
+    def note(self, what: str, tenant: str | None = None, number: int | None = None) -> None:
+        """Writes to the run's log what the driver says, of a data owner mostly."""
+        self._events.noted(what, tenant, number)
+
     def leave_out(self, number: int, tenant: str, reason: str) -> None:
         """Records that nothing is to be expected of a data owner in a round any more."""
         self._keeper.leave_out(number, tenant, reason)

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from scaleot_ray.config import ModelSettings
+from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.evaluation.table import AGGREGATE
 from scaleot_ray.families.loading import BaseModel, load_base_model
 from scaleot_ray.federation.roles.coordinator import evaluator
@@ -36,13 +37,16 @@ class Evaluator(Role):
         self._model, self._part = model, part
         self._base: BaseModel | None = None
 
-    def evaluate(self, rows: tuple[str, ...]) -> None:
+    def evaluate(self, rows: tuple[str, ...]) -> dict[str, ScaleOTError]:
         """Measures the given rows, and sends them through the coordinator's gate.
 
         Those measured before, in this actor or an earlier one, come from its folder.
 
         Args:
             rows: names of rows.
+
+        Returns:
+            What went wrong, by row; nothing of those that have passed the gate.
 
         Raises:
             RunFailed: the shared emulator is not what was put.
@@ -56,6 +60,7 @@ class Evaluator(Role):
             delta = ray.get(self.coordinator.delta.remote(tenant.name))
         if AGGREGATE in rows:
             aggregate = ray.get(self.coordinator.aggregate.remote(tenant.name))
+        failures: dict[str, ScaleOTError] = {}
         if self._base is None:
             self._base = load_base_model(self._model)
         table = evaluate_rows(
@@ -73,6 +78,8 @@ class Evaluator(Role):
             block_size=part.tune.block_size,
             folder=Path(part.output),
             on_progress=self.reporter(),
+            failed=failures.__setitem__,
         )
         check_unchanged(shared, self.name)
         ray.get(self.coordinator.submit_table.remote(tenant.name, pack_table(table)))
+        return failures

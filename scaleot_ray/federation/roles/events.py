@@ -55,6 +55,10 @@ class Events:
         """The process that a data owner tuned in has died; it starts again, or is left out next."""
         self._log.warning(reason, round=number, tenant=tenant)
 
+    def noted(self, what: str, tenant: str | None, number: int | None) -> None:
+        """Something that the registry has no place for, about a data owner mostly."""
+        self._log.warning(what, round=number, tenant=tenant)
+
     def submitted(self, found: Submission, current: Round, there: int) -> None:
         """A delta has passed the gate, and is in the registry; ``there`` count in its round by now."""
         late = f" late, from round {found.tuned_round}," if found.round != found.tuned_round else ""

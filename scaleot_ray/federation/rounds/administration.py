@@ -103,9 +103,14 @@ def registry_of(folder: RunFolder) -> Path:
     return Path(noted)
 
 
+def registry_place(folder: RunFolder, registry: str | None) -> Path:
+    """Folder of the registry of a run whose setting ``registry`` this is."""
+    return Path(registry).expanduser().absolute() if registry is not None else folder.coordinator
+
+
 def note_registry(folder: RunFolder, registry: str | None) -> Path:
     """Notes where a run's registry is, for whoever asks later; requests that nobody answered before are dropped."""
-    place = Path(registry).expanduser().absolute() if registry is not None else folder.coordinator
+    place = registry_place(folder, registry)
     write_record(folder.coordinator / "registry.json", {"registry": str(place)})
     for path in folder.requests.glob("*.json"):
         path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
 from scaleot_ray.federation.rounds.artifact_location import Location, open_store
 from scaleot_ray.federation.rounds.fit import Fit
 from scaleot_ray.federation.rounds.intake import Intake, Sent
+from scaleot_ray.federation.rounds.own_registry import check_own, note_own, registry_file
 from scaleot_ray.federation.rounds.registry import (
     AGGREGATE,
     NewPlugIn,
@@ -57,7 +58,8 @@ class RoundKeeper:
         tunes: how each data owner of the run tunes, by name; default: nobody is known to tune otherwise than usual.
 
     Raises:
-        ConfigError, ResourcesMissing: as :class:`~scaleot_ray.federation.rounds.registry.Registry` and
+        ConfigError, ResourcesMissing: as :func:`~scaleot_ray.federation.rounds.own_registry.check_own`,
+            :class:`~scaleot_ray.federation.rounds.registry.Registry` and
             :func:`~scaleot_ray.federation.rounds.artifact_location.open_store`.
     """
 
@@ -76,8 +78,11 @@ class RoundKeeper:
     ) -> None:
         self.emulator, self.rounds, self.aggregation = emulator, rounds, aggregation
         self._audit, own = audit, emulator.digest()[:16]
-        self.registry = Registry(registry / own / "registry.sqlite")
+        check_own(folder, registry, own)
+        file = registry_file(registry, own)
+        self.registry = Registry(file)
         try:
+            note_own(folder, self.registry, file, own)
             self.registry.add_emulator(emulator, place)
             self._store = open_store(artifacts, self.registry, own, folder / own)
         except BaseException:

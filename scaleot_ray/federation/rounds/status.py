@@ -8,6 +8,7 @@ from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.rounds.administration import registry_of
+from scaleot_ray.federation.rounds.own_registry import check_own, registry_file
 from scaleot_ray.federation.rounds.registry import AGGREGATE, PlugIn, Registry
 
 SCHEMA = "scaleot.status/1"
@@ -24,7 +25,8 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
     if not folder.emulator.exists():
         raise ConfigError(f"{folder.path}: there is no emulator yet.", "Wait until the model owner has built it.")
     digest = read_manifest(folder.emulator).digest()
-    with Registry(place / digest[:16] / "registry.sqlite", write=False) as registry:
+    check_own(folder.coordinator, place, digest[:16])
+    with Registry(registry_file(place, digest[:16]), write=False) as registry:
         return {
             "schema": SCHEMA,
             "directory": str(folder.path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ def owner(name: str, **changes: Any) -> Tenant:
     return Tenant(TenantSettings.model_validate({"name": name, "train": data, "test": data, **changes}))
 
 
+def any_number(_: list[Tenant]) -> bool:
+    """There is room for as many as may be."""
+    return True
+
+
+def names(packs: Iterable[Pack]) -> list[list[str]]:
+    """Who is in which."""
+    return [[tenant.name for tenant in pack.tenants] for pack in packs]
+
+
 def begun(packs: Packs, schedule: MachineSchedule, waiting: list[Tenant]) -> Pack:
     """The first pack of those that wait, begun."""
     pack = next(iter(packs.grouped(waiting)))
@@ -37,14 +48,29 @@ def begun(packs: Packs, schedule: MachineSchedule, waiting: list[Tenant]) -> Pac
 
 def test_only_those_that_claim_the_same_share() -> None:
     tenants = [owner("a"), owner("b", cpus=2), owner("c"), owner("d", node_labels={"site": "d"}), owner("e")]
-    packs = Packs(2, MachineSchedule(2, 0, 1 << 30))
-    assert [[one.name for one in pack.tenants] for pack in packs.grouped(tenants)] == [["a", "c"], ["e"], ["b"], ["d"]]
+    packs = Packs(2, MachineSchedule(2, 0, 1 << 30), any_number)
+    assert names(packs.grouped(tenants)) == [["a", "c"], ["e"], ["b"], ["d"]]
     assert [pack.role for pack in packs.grouped(tenants)][:2] == ["data owners a, c", "data owner e"]
+
+
+def test_no_pack_claims_more_than_there_is() -> None:
+    tenants = [owner(name) for name in "abcde"]
+    schedule = MachineSchedule(2, 0, 1 << 30)
+    packs = Packs(4, schedule, lambda members: len(members) < 3)
+    assert names(packs.grouped(tenants)) == [["a", "b"], ["c", "d"], ["e"]]
+    # One that is too large by itself is let begin, as the preflight has let it pass.
+    assert names(Packs(4, schedule, lambda _: False).grouped(tenants[:2])) == [["a"], ["b"]]
+
+
+def test_who_shall_be_alone_is() -> None:
+    tenants = [owner(name) for name in "abcd"]
+    tenants[1].alone = True
+    assert names(Packs(4, MachineSchedule(2, 0, 1 << 30), any_number).grouped(tenants)) == [["a"], ["b"], ["c", "d"]]
 
 
 def test_a_pack_is_known_once_the_schedule_has_taken_it() -> None:
     schedule = MachineSchedule(2, 0, 1 << 30)
-    packs, tenants = Packs(2, schedule), [owner("a"), owner("b"), owner("c")]
+    packs, tenants = Packs(2, schedule, any_number), [owner("a"), owner("b"), owner("c")]
     list(packs.grouped(tenants))
     assert packs.of(tenants[0]) is None
     pack = begun(packs, schedule, tenants)
@@ -55,7 +81,7 @@ def test_a_pack_is_known_once_the_schedule_has_taken_it() -> None:
 
 def test_the_last_one_to_leave_ends_the_process() -> None:
     schedule = MachineSchedule(2, 0, 1 << 30)
-    packs, (a, b) = Packs(2, schedule), (owner("a"), owner("b"))
+    packs, (a, b) = Packs(2, schedule, any_number), (owner("a"), owner("b"))
     pack, told = begun(packs, schedule, [a, b]), list[str]()
     for tenant in (a, b, b):
         tenant.tuning = None
@@ -66,7 +92,7 @@ def test_the_last_one_to_leave_ends_the_process() -> None:
 
 def test_whoever_leaves_before_it_has_begun_undoes_the_pack() -> None:
     schedule = MachineSchedule(2, 0, 1 << 30)
-    packs, (a, b) = Packs(2, schedule), (owner("a"), owner("b"))
+    packs, (a, b) = Packs(2, schedule, any_number), (owner("a"), owner("b"))
     pack = begun(packs, schedule, [a, b])
     a.tuning = b.tuning = None  # it waits for its place
     ended = list[Pack]()

@@ -13,6 +13,7 @@ import pytest
 
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.federation.driver import placement
 from scaleot_ray.federation.driver.placement import check_labels, check_places
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.federation.resources.nodes import Node
@@ -66,6 +67,15 @@ def test_what_fits_on_no_node_is_refused(asked: Work, problem: str) -> None:
     with pytest.raises(ResourcesMissing, match=problem) as caught:
         check_places([work(), asked], GB, nodes)
     assert "placement.autoscaling" in caught.value.remedy
+
+
+def test_what_some_node_holds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node("10.0.0.1"), node("10.0.0.2", labels={"site": "a"}, memory=4 * GB)]
+    monkeypatch.setattr(placement, "living_nodes", lambda: nodes)
+    there = placement.Placement(300, None)
+    asked = [work(memory=8 * GB), work(memory=9 * GB), work(memory=8 * GB, site="a"), work(memory=4 * GB, site="a")]
+    assert [there.fits(one) for one in asked] == [True, False, False, True]
+    assert placement.Placement(300, None, autoscaling=True).fits(asked[1])
 
 
 def test_an_object_store_too_small_for_the_emulator_is_refused() -> None:

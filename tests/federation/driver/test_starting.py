@@ -14,8 +14,11 @@ import ray
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
 from scaleot_ray.federation.driver import starting
+from scaleot_ray.federation.driver.actors import Running
+from scaleot_ray.federation.driver.packs import Pack
 from scaleot_ray.federation.driver.phases import Phases
 from scaleot_ray.federation.driver.starting import Starts
+from scaleot_ray.federation.driver.tuning_rounds import TuningRounds
 from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.role import Role
 from scaleot_ray.federation.run import run_local
@@ -37,6 +40,24 @@ class Other:
     def answer(self) -> bool:
         """It is there."""
         return True
+
+
+@ray.remote
+class Stuck:
+    """A data owner whose start takes for ever.
+
+    Args:
+        ignored: what data owners are told.
+    """
+
+    def __init__(self, *ignored: Any) -> None:
+        time.sleep(600)
+
+    def present(self) -> None:
+        """Never answers."""
+
+    def tune(self, number: int, token: str) -> None:
+        """Never answers."""
 
 
 def ask(session: Session, cpus: int, seconds: float = 0) -> Any:
@@ -97,13 +118,36 @@ def test_processors_that_others_take_later_end_the_run_with_who_waits(
     assert heard == [f"data owner alice {waits}"]
 
 
+def test_a_data_owner_that_does_not_start_is_left_out_alone(
+    connected_ray: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = write_tiny_run(tmp_path, evaluator=False, tune={"steps": 3}, rounds={"quorum": 1})
+    monkeypatch.setattr(TuningRounds, "_start", slowly(TuningRounds._start, monkeypatch))
+    report = run_local(settings).as_json()
+    (one,) = report["rounds"]
+    assert one["submitted"] == ["bob"]
+    assert one["missing"]["alice"].startswith("data owner alice has a process, which did not answer within")
+
+
+def slowly(start: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts data owners, alice as one that takes for ever."""
+
+    def changed(self: TuningRounds, pack: Pack, failed: Any) -> Running:
+        if pack.role != "data owner alice":
+            return start(self, pack, failed)  # type: ignore[no-any-return]
+        monkeypatch.setattr(starting, "START_SECONDS", 20)
+        return self._state.actors.start(pack.role, Stuck, 1, 0, failed=failed)
+
+    return changed
+
+
 def test_a_wait_that_ends_is_told_of_once(connected_ray: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = list[Progress]()
     starts = Starts(replace(connected_ray, private=False), heard.append)
     with held(connected_ray, 2):
         other = ask(connected_ray, 1)
         starts.asked("somebody", other, 1, 0)
-        starts.look()
+        assert starts.look() == {}
         assert not heard  # it has only just been asked for
         monkeypatch.setattr(starting, "SAY_SECONDS", 0)
         starts.look()
@@ -127,7 +171,8 @@ def test_a_process_that_does_not_answer_is_no_lack_of_processors(
     monkeypatch.setattr(starting, "SAY_SECONDS", 0)
     starts.look()
     monkeypatch.setattr(starting, "START_SECONDS", 0)
-    with pytest.raises(RunFailed, match="somebody has a process, which did not answer"):
-        starts.look()
+    problem = starts.look()["somebody"]
+    assert isinstance(problem, RunFailed)
+    assert "somebody has a process, which did not answer" in problem.problem
     ray.kill(slow)
     assert not heard

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import psutil
 
-from scaleot_ray.federation.resources.processes import PeakMemory, end, end_marked, marked, wait_for_end
+from scaleot_ray.federation.resources.processes import (
+    PeakMemory,
+    end,
+    end_marked,
+    end_users_of,
+    marked,
+    users_of,
+    wait_for_end,
+)
 
 HOLD = "import time; held = bytearray({size}); print('ready', flush=True); time.sleep(60)"
 SHARE = """
@@ -137,3 +145,22 @@ finally:
     assert not psutil.pid_exists(deaf.pid)
     assert [path.name for path in tmp_path.iterdir()] == ["unwound"]
     wait_for_end(polite.pid, 1.0)
+
+
+def test_only_rays_own_users_of_its_folder_end(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "raylet.out"
+    log.parent.mkdir()
+    log.touch()
+    reader = subprocess.Popen(["tail", "-f", str(log)], stdout=subprocess.DEVNULL)
+    agent = subprocess.Popen(["bash", "-c", f"exec -a ray::DashboardAgent sleep 60 < {log}"])
+    try:
+        deadline = time.monotonic() + 10
+        while [process.pid for process in users_of(tmp_path)] != [agent.pid] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        end_users_of(tmp_path)
+        agent.wait(5)
+        assert reader.poll() is None
+    finally:
+        for process in (reader, agent):
+            process.kill()
+            process.wait()

@@ -38,7 +38,7 @@ class Registry:
     """
 
     def __init__(self, path: Path, write: bool = True, clock: Callable[[], float] = time.time) -> None:
-        self._database, self._clock = Database(path, write), clock
+        self._database, self._clock, self._write = Database(path, write), clock, write
         self.tenants = Tenants(self._database, clock)
         self.rounds = Rounds(self._database, clock, self.tenants)
         self.submissions = Submissions(self._database, clock, self.rounds)
@@ -74,9 +74,13 @@ class Registry:
             )
 
     def identity(self) -> str:
-        """A random name that stays with the file wherever it is moved; another registry has another."""
-        with self._database.writing():
-            self._database.execute("INSERT INTO meta VALUES ('identity', ?) ON CONFLICT DO NOTHING", token_hex(8))
+        """A random name that stays with the file wherever it is moved; another registry has another.
+
+        Of one that is opened to look only it may be empty: that has never been written to by a coordinator.
+        """
+        if self._write and not self._noted("identity"):
+            with self._database.writing():
+                self._database.execute("INSERT INTO meta VALUES ('identity', ?) ON CONFLICT DO NOTHING", token_hex(8))
         return self._noted("identity")
 
     def artifacts(self) -> str:

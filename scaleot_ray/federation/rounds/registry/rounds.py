@@ -139,7 +139,10 @@ class Rounds:
         if not 1 <= quorum <= count:
             raise ConfigError(
                 f"rounds.quorum: {quorum} submissions are asked for, of {count} data owners.",
-                f"Set it to between 1 and {count}.",
+                f"Set it to between 1 and {count}."
+                if count
+                else "All are paused, cancelled or revoked: let one in again with `scaleot tenants --resume`, or "
+                "add another to tenants.",
             )
 
     def begin_part(self, number: int, tenant: str, start_id: str | None = None) -> int:

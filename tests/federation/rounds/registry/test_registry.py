@@ -58,6 +58,12 @@ def test_a_quorum_of_those_who_take_part(registry: Registry, quorum: int) -> Non
     assert "between 1 and 3" in refused.value.remedy
 
 
+def test_a_round_of_nobody_says_who_could_take_part(registry: Registry) -> None:
+    with pytest.raises(ConfigError, match="of 0 data owners") as refused:
+        open_round(registry, 1, [])
+    assert "scaleot tenants --resume" in refused.value.remedy
+
+
 def test_a_round_closes_without_the_missing(registry: Registry) -> None:
     number = open_round(registry)
     registry.submissions.add(delta_of("ann"))
