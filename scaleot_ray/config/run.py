@@ -48,8 +48,8 @@ class TenantSettings(Settings):
     weight: Number = Field(
         1.0,
         ge=0,
-        description="of its delta in the aggregate, e.g. its number of rows; 0: it enters no aggregate and has only its "
-        "own plug-in",
+        description="of its delta in the aggregate, e.g. its number of rows; 0: it enters no aggregate and has only "
+        "its own plug-in",
     )
     tune: TuneSettings | None = Field(
         None, description="keys that differ for this data owner; the others come from the run's tune section"

@@ -65,7 +65,7 @@ def trimmed_at_each_end(count: int, trim: float) -> int:
     if trim > 0 and left_out == 0:
         raise ConfigError(
             f"aggregation.trim: {trim:g} of {count} deltas is less than one, so none would be left out.",
-            f"Set it to {1 / count:.3g} or more (below 0.5), use method median, or wait for more data owners.",
+            f"Set it to {math.ceil(1000 / count) / 1000:g} or more (below 0.5), use method median, or wait for more data owners.",
         )
     return left_out
 
