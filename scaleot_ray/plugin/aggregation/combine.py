@@ -63,9 +63,10 @@ def trimmed_at_each_end(count: int, trim: float) -> int:
     """
     left_out = math.floor(trim * count + 1e-9)
     if trim > 0 and left_out == 0:
+        enough = math.ceil(1000 / count) / 1000
         raise ConfigError(
             f"aggregation.trim: {trim:g} of {count} deltas is less than one, so none would be left out.",
-            f"Set it to {math.ceil(1000 / count) / 1000:g} or more (below 0.5), use method median, or wait for more data owners.",
+            f"Set it to {enough:g} or more (below 0.5), use method median, or wait for more data owners.",
         )
     return left_out
 
