@@ -15,6 +15,7 @@ from scaleot_ray.federation.rounds.registry.database import KEY
 from scaleot_ray.stages.record import read_record, write_record
 
 FILE = "registry.sqlite"
+_NOTE = "registry.json"
 
 
 def registry_file(registry: Path, emulator: str) -> Path:
@@ -63,5 +64,11 @@ def note_own(folder: Path, registry: Registry, path: Path, emulator: str) -> Non
         write_record(note, values)
 
 
+def known_registries(folder: Path) -> list[tuple[str, Path]]:
+    """Registries of the run's folder that are on this machine, with the start of their emulator's digest."""
+    found = ((note.parent.name, read_record(note).get("file")) for note in sorted(folder.glob(f"*/{_NOTE}")))
+    return [(emulator, Path(file)) for emulator, file in found if isinstance(file, str) and Path(file).is_file()]
+
+
 def _note(folder: Path, emulator: str) -> Path:
-    return folder / emulator / "registry.json"
+    return folder / emulator / _NOTE

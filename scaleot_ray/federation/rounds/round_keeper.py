@@ -23,6 +23,7 @@ from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
 from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
 from scaleot_ray.federation.rounds.artifact_location import Location, open_store
+from scaleot_ray.federation.rounds.earlier_emulators import EarlierEmulators
 from scaleot_ray.federation.rounds.fit import Fit
 from scaleot_ray.federation.rounds.intake import Intake, Sent
 from scaleot_ray.federation.rounds.own_registry import check_own, note_own, registry_file
@@ -88,6 +89,7 @@ class RoundKeeper:
         except BaseException:
             self.registry.close()
             raise
+        self._earlier = EarlierEmulators(folder, own)
         self._aggregates = Aggregates(emulator, self.registry, self._store)
         self._weights, self._fit = dict(weights), Fit(emulator, tunes or {})
         self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights, self._fit)
@@ -106,11 +108,18 @@ class RoundKeeper:
         self.registry.close()
 
     def admit(self, name: str, settings: dict[str, Any]) -> str | None:
-        """Admits a data owner; gives the token its submissions must carry, None where it was cancelled or revoked."""
+        """Admits a data owner; gives the token its submissions must carry, None where it was cancelled or revoked.
+
+        Whoever was on an emulator that the run had before is so on this one too.
+        """
         known = self.registry.tenants.find(name)
         if known is not None and known.state in ("cancelled", "revoked"):
             return None
-        return self.registry.tenants.admit(name, settings)
+        token, before = self.registry.tenants.admit(name, settings), self._earlier.find(name)
+        if before is not None and before.state in ("cancelled", "revoked"):
+            self.registry.tenants.set_state(name, before.state, before.reason)
+            return None
+        return token
 
     def begin(self, names: Sequence[str]) -> Round | None:
         """The round to work on: one that an earlier run left open or that failed, or the next; None after the last.
@@ -268,7 +277,8 @@ class RoundKeeper:
 
         Aggregates that it was in are made anew without it, and those of later rounds on top of them: of the
         others' deltas counts how far each came from where it began. That they began with something it was part
-        of is not undone. Its deltas are removed, and the old aggregates once nothing in force began with them.
+        of is not undone. Its deltas are removed, and the old aggregates once nothing in force began with them. On
+        emulators that the run had before, aggregates that it was in are withdrawn as a whole.
 
         Returns:
             Rounds whose aggregate changed; once more, none.
@@ -277,6 +287,8 @@ class RoundKeeper:
             ConfigError: there is no such data owner.
             ArtifactRefused: a delta on disk is damaged.
         """
+        if self.registry.tenants.find(tenant) is None and self._earlier.find(tenant) is not None:
+            self.registry.tenants.admit(tenant, {})
         self.registry.tenants.set_state(tenant, "revoked", reason)
         return self.finish_revocations()
 
@@ -293,6 +305,8 @@ class RoundKeeper:
         reasons = {one.name: f"{one.name} was revoked" + (f": {one.reason}" if one.reason else "") for one in tenants}
         if not reasons:
             return []
+        for name, reason in reasons.items():
+            self._earlier.revoke(name, reason)
         for found in self.registry.rounds.all():
             for part in self.registry.rounds.parts(found.number) if found.state != "finished" else ():
                 if part.tenant in reasons and part.reason != reasons[part.tenant]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,9 +34,9 @@ class TinyDeltas:
     emulator: Artifact
 
     @classmethod
-    def build(cls, folder: Path) -> TinyDeltas:
-        """Builds the emulator in ``folder``."""
-        settings = write_tiny_run(folder)
+    def build(cls, folder: Path, **changes: Any) -> TinyDeltas:
+        """Builds the emulator in ``folder``; ``changes`` as :func:`write_tiny_run` takes them."""
+        settings = write_tiny_run(folder, **changes)
         build(settings.model, settings.public, settings.stage_one, settings.emulator, folder / "emulator")
         return cls(folder, read_artifact(folder / "emulator"))
 
