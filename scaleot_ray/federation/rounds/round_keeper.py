@@ -37,6 +37,7 @@ from scaleot_ray.federation.rounds.registry import (
     TenantState,
     Withdrawal,
 )
+from scaleot_ray.federation.rounds.revocations import Revocations
 
 
 class RoundKeeper:
@@ -91,13 +92,16 @@ class RoundKeeper:
             raise
         self._earlier = EarlierEmulators(folder, own)
         self._aggregates = Aggregates(emulator, self.registry, self._store)
+        self._revocations = Revocations(self.registry, self._store, self._aggregates, self._earlier, rounds.staleness)
         self._weights, self._fit = dict(weights), Fit(emulator, tunes or {})
         self._intake = Intake(emulator, self.registry, self._store, audit, rounds, weights, self._fit)
         self.made_anew: list[int] = []
         # Where it cannot be done, whoever revokes or restores what is damaged must get here all the same; no round
         # begins before it is done.
         with suppress(ArtifactRefused, ResourcesMissing):
-            self.made_anew = self.finish_revocations()
+            self.made_anew = self._revocations.finish()
+        with suppress(ConfigError, ResourcesMissing):
+            self._revocations.finish_earlier()
 
     def __enter__(self) -> RoundKeeper:
         return self
@@ -290,36 +294,13 @@ class RoundKeeper:
         if self.registry.tenants.find(tenant) is None and self._earlier.find(tenant) is not None:
             self.registry.tenants.admit(tenant, {})
         self.registry.tenants.set_state(tenant, "revoked", reason)
-        return self.finish_revocations()
+        changed = self._revocations.finish()
+        self._revocations.finish_earlier()
+        return changed
 
     def finish_revocations(self) -> list[int]:
-        """Does what is left of revocations; each may have been cut short, by the death of whoever was at it say.
-
-        Returns:
-            Rounds whose aggregate changed.
-
-        Raises:
-            ArtifactRefused, ResourcesMissing: as :meth:`revoke`; once more, it goes on from there.
-        """
-        tenants = [one for one in self.registry.tenants.all() if one.state == "revoked"]
-        reasons = {one.name: f"{one.name} was revoked" + (f": {one.reason}" if one.reason else "") for one in tenants}
-        if not reasons:
-            return []
-        for name, reason in reasons.items():
-            self._earlier.revoke(name, reason)
-        for found in self.registry.rounds.all():
-            for part in self.registry.rounds.parts(found.number) if found.state != "finished" else ():
-                if part.tenant in reasons and part.reason != reasons[part.tenant]:
-                    self.registry.rounds.withdraw(found.number, part.tenant, reasons[part.tenant])
-        changed = self._aggregates.withdraw(reasons)
-        for plug_in in self.registry.plug_ins.all():
-            if plug_in.name in reasons and plug_in.state == "active":
-                self.registry.plug_ins.revoke(plug_in.name, plug_in.round, reasons[plug_in.name])
-        used = in_use(self.registry, self.rounds.staleness)
-        for digest in self._store.digests():
-            if digest not in used:
-                self._store.remove(digest)
-        return changed
+        """Does what is left of revocations that were cut short; see :meth:`Revocations.finish`."""
+        return self._revocations.finish()
 
     def submitted(self, tenant: str, number: int | None = None) -> Submission | None:
         """What a data owner submitted in a round, or last; None of one that was revoked."""
