@@ -201,6 +201,7 @@ def test_an_interrupted_benchmark_leaves_nothing(tmp_path: Path, number: int) ->
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 
+@pytest.mark.slow
 def test_aggregation_compares_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "aggregation.json"
     sizes = ["--deltas", "5", "--distinct", "2", "--repeats", "1", "--lora-rank", "2"]

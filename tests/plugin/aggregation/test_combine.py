@@ -115,7 +115,7 @@ def test_a_trim_that_leaves_none_out_is_refused(tmp_path: Path) -> None:
     given, _ = random_deltas(tmp_path, "layers", 3)
     with pytest.raises(ConfigError, match=r"0\.1 of 3 deltas is less than one") as refused:
         aggregate(given, AggregationSettings(method="trimmed_mean"))
-    assert "0.333" in refused.value.remedy
+    assert "0.334" in refused.value.remedy
 
 
 def test_a_delta_that_changed_on_disk_is_refused(tmp_path: Path) -> None:
