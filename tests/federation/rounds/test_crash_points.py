@@ -8,24 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.cli.command import environment
 from tests.federation.rounds.tiny_deltas import TinyDeltas
 
 PROJECT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an emulator."""
-    return TinyDeltas.build(tmp_path_factory.mktemp("tiny")).folder
-
-
-def crashes(tiny: Path, work: Path, scenario: str) -> list[dict[str, Any]]:
+def crashes(tiny: TinyDeltas, work: Path, scenario: str) -> list[dict[str, Any]]:
     """What came of a kill before each step; the last one came through."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.federation.rounds.crash_points", str(tiny), str(work), scenario],
+        [sys.executable, "-m", "tests.federation.rounds.crash_points", str(tiny.folder), str(work), scenario],
         capture_output=True,
         text=True,
         timeout=400,
@@ -44,7 +36,7 @@ def crashes(tiny: Path, work: Path, scenario: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_round(tiny: Path, tmp_path: Path) -> None:
+def test_a_round(tiny: TinyDeltas, tmp_path: Path) -> None:
     found = crashes(tiny, tmp_path, "submit")
     # Between the files of a delta, inside of transactions, while the aggregate is made, before an answer is given.
     for step in ("open tensors.safetensors", "INSERT INTO submissions", "open .1.safetensors", "acknowledge ben"):
@@ -58,7 +50,7 @@ def test_a_round(tiny: Path, tmp_path: Path) -> None:
         assert (later["rounds"][0], later["aggregate"], later["kept"]) == ("finished", 1.5, 3), one
 
 
-def test_a_revocation(tiny: Path, tmp_path: Path) -> None:
+def test_a_revocation(tiny: TinyDeltas, tmp_path: Path) -> None:
     found = crashes(tiny, tmp_path, "revoke")
     for step in ("UPDATE tenants", "open .1.safetensors", "INSERT INTO plug_ins", "os.r", "acknowledge revoked"):
         assert any(one["before"].startswith(step) for one in found), step

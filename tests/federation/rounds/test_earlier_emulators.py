@@ -14,12 +14,11 @@ from tests.federation.rounds.tiny_deltas import TinyDeltas
 
 
 @pytest.fixture(scope="module")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyDeltas, TinyDeltas]:
+def emulators(tiny: TinyDeltas, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyDeltas, TinyDeltas]:
     """Two of one model."""
-    first = TinyDeltas.build(tmp_path_factory.mktemp("first"))
     second = TinyDeltas.build(tmp_path_factory.mktemp("second"), emulator={"beta": 0.4})
-    assert first.emulator.digest != second.emulator.digest
-    return first, second
+    assert tiny.emulator.digest != second.emulator.digest
+    return tiny, second
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +15,6 @@ from tests.federation.rounds.tiny_deltas import TinyDeltas
 
 LORA = {name: TuneSettings(method="lora", lora_rank=2, lora_alpha=2.0) for name in NAMES}
 MORE = {name: TuneSettings(method="lora", lora_rank=4, lora_alpha=2.0) for name in NAMES}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDeltas:
-    """The emulator of all tests."""
-    return TinyDeltas.build(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def bench(tiny: TinyDeltas, tmp_path: Path) -> Bench:
-    return Bench(tiny, tmp_path)
 
 
 def _half(tiny: TinyDeltas) -> Artifact:

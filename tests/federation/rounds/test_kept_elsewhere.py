@@ -21,12 +21,6 @@ from tests.federation.rounds.tiny_deltas import TinyDeltas, ended_run
 from tests.tiny_run import write_tiny_run
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDeltas:
-    """The emulator of all tests."""
-    return TinyDeltas.build(tmp_path_factory.mktemp("tiny"))
-
-
 class Elsewhere(Bench):
     """A keeper whose artefacts are on a file system that can fail."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,8 @@ from scaleot_ray.federation.roles.object_store import from_shared, to_shared
 from scaleot_ray.federation.rounds.refusals import REFUSALS_READ, WRITTEN_EVERY, NotRead
 from scaleot_ray.federation.rounds.registry import UnknownSender
 from tests.federation.rounds.keeper_bench import Bench
-from tests.federation.rounds.tiny_deltas import TinyDeltas
 
 MANY = 10_000
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDeltas:
-    """The emulator of all tests."""
-    return TinyDeltas.build(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def bench(tiny: TinyDeltas, tmp_path: Path) -> Bench:
-    return Bench(tiny, tmp_path)
 
 
 SENDERS: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +13,6 @@ from scaleot_ray.errors import ArtifactRefused, ConfigError, RunFailed
 from scaleot_ray.federation.rounds.registry import AGGREGATE
 from tests.federation.rounds.keeper_bench import NAMES, Bench
 from tests.federation.rounds.tiny_deltas import TinyDeltas
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDeltas:
-    """The emulator of all tests."""
-    return TinyDeltas.build(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def bench(tiny: TinyDeltas, tmp_path: Path) -> Bench:
-    return Bench(tiny, tmp_path)
 
 
 def test_each_data_owner_has_its_own_plug_in(bench: Bench) -> None:
