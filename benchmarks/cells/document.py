@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells.measured import MEASURES, Measured, describe, mean_over_seeds, score_from
+from benchmarks.cells.measured import MEASURES, Measured, describe, gain_record, mean_over_seeds, score_from
 from scaleot_ray.errors import DataError
 from scaleot_ray.stages.identity import identity
 from scaleot_ray.stages.record import read_record
@@ -35,7 +35,8 @@ def summarise(output: Path, benchmark: str, order: Callable[[Record], Any]) -> R
     """The document: how the cells were made, by which code, each cell, and the mean over seeds.
 
     The mean over seeds is taken test row by test row; its intervals are over test rows. How much seeds
-    differ stands beside it (``seeds``: the plug-in's difference to full zero-shot, seed by seed).
+    differ stands beside it (``seeds``: the plug-in's difference to full zero-shot, seed by seed; ``seeds`` of each
+    ``gain``: the same of G, None where a seed's is not usable).
 
     Args:
         output: folder of the run.
@@ -100,18 +101,22 @@ def _over_seeds(records: Sequence[Record]) -> Record:
     common = [row for row in scores[0] if all(row in own for own in scores)]
     means = {row: mean_over_seeds([own[row] for own in scores]) for row in common}
     metric = means["plug_in"].metric
+    measures, seeds = describe(means), [str(record["cell"]["seed"]) for record in records]
+    for measure in MEASURES[metric]:
+        gains = [gain_record(own, measure)["value"] for own in scores]
+        measures[measure]["gain"]["seeds"] = dict(zip(seeds, gains, strict=True))
     return {
         **{key: value for key, value in records[0]["cell"].items() if key != "seed"},
         "metric": metric,
         "loss_margin": sum(record["emulator"]["loss_margin"] for record in records) / len(records),
         "verbatim_share": sum(record["emulator"]["verbatim_share"] for record in records) / len(records),
-        "measures": describe(means),
+        "measures": measures,
         "seeds": {
-            str(record["cell"]["seed"]): {
+            seed: {
                 measure: own["plug_in"].blocks(measure).mean - own["full_zero_shot"].blocks(measure).mean
                 for measure in MEASURES[metric]
             }
-            for record, own in zip(records, scores, strict=True)
+            for seed, own in zip(seeds, scores, strict=True)
         },
     }
 

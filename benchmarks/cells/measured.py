@@ -19,6 +19,10 @@ MEASURES = {metric: (metric, *further) for metric, further in SECONDARY.items()}
 ALL_LAYERS = "all_layers_tuned"
 """Row beside the standard table: the full model with every decoder layer tuned; papers measure G against it."""
 
+AHEAD = 0.2
+"""G counts only where the plug-in is ahead of the tuned emulator by this share of the full gain: whoever holds an
+emulator that does as well needs no plug-in."""
+
 DIFFERENCES = (("plug_in", "full_zero_shot"), ("plug_in", "emulator_tuned"), ("full_tuned", "full_zero_shot"))
 
 
@@ -99,12 +103,12 @@ def describe(rows: Mapping[str, Measured]) -> dict[str, Any]:
 
     Returns:
         By measure: ``rows`` {row: value, low, high}, ``differences`` {"plug_in - full_zero_shot": …},
-        ``gain`` {value, low, high, usable, reason}; and ``blocks``, how many test rows there were. With the row
-        ``ALL_LAYERS`` also ``gain_of_all_layers``: G with that row in place of ``full_tuned``.
+        ``gain`` {value, low, high, usable, reason, ahead, counts}; and ``blocks``, how many test rows there were.
+        ``ahead`` {value, low, high} is the plug-in's lead over the tuned emulator as a share of the full gain, None
+        where G is not usable; ``counts`` whether it reaches ``AHEAD``. With the row ``ALL_LAYERS`` also
+        ``gain_of_all_layers``: the same with that row in place of ``full_tuned``.
     """
     metric = rows["plug_in"].metric
-    standard = {row: rows[row] for row in ROWS}
-    table = TenantTable("", metric, standard)
     result: dict[str, Any] = {"blocks": len(rows["plug_in"].blocks(metric).counts)}
     for measure in MEASURES[metric]:
         result[measure] = {
@@ -113,12 +117,27 @@ def describe(rows: Mapping[str, Measured]) -> dict[str, Any]:
                 f"{row} - {other}": _interval(difference(rows[row].blocks(measure), rows[other].blocks(measure)))
                 for row, other in DIFFERENCES
             },
-            "gain": vars(recovered_gain(table, measure=measure)),
+            "gain": gain_record(rows, measure),
         }
         if ALL_LAYERS in rows:
-            of_all = TenantTable("", metric, {**standard, "full_tuned": rows[ALL_LAYERS]})
-            result[measure]["gain_of_all_layers"] = vars(recovered_gain(of_all, measure=measure))
+            of_all = {**rows, "full_tuned": rows[ALL_LAYERS]}
+            result[measure]["gain_of_all_layers"] = gain_record(of_all, measure)
     return result
+
+
+def gain_record(rows: Mapping[str, Measured], measure: str) -> dict[str, Any]:
+    """G of the standard rows, the plug-in's lead over the tuned emulator, and whether that makes G count."""
+    standard = {row: rows[row] for row in ROWS}
+    gain = recovered_gain(TenantTable("", rows["plug_in"].metric, standard), measure=measure)
+    if not gain.usable:
+        return {**vars(gain), "ahead": None, "counts": False}
+    names = ("full_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
+    blocks = [rows[name].blocks(measure) for name in names]
+    zero_shot, emulator, plug_in, tuned = bootstrap_means(blocks)
+    low, high = np.percentile((plug_in - emulator) / (tuned - zero_shot), (2.5, 97.5))
+    zero_shot, emulator, plug_in, tuned = (own.mean for own in blocks)
+    lead = float((plug_in - emulator) / (tuned - zero_shot))
+    return {**vars(gain), "ahead": {"value": lead, "low": float(low), "high": float(high)}, "counts": lead >= AHEAD}
 
 
 def _own(blocks: Blocks) -> Interval:

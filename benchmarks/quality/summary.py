@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cells.markdown import gain, number, tables, with_interval
+from benchmarks.cells.markdown import gain, number, of_seeds, tables, with_interval
 
 _TITLES = {
     "closed_form": "ScaleOT, closed-form start",
@@ -16,7 +16,7 @@ _TITLES = {
 _COLUMNS = (
     *("task", "(N_a, α, β)", "emulator", "seeds", "margin", "verbatim"),
     *("full zero-shot", "emulator zero-shot", "emulator tuned", "plug-in", "full tuned"),
-    *("Δ", "plug-in − full zero-shot", "G"),
+    *("Δ", "plug-in − full zero-shot", "G", "G by seed"),
 )
 
 
@@ -43,4 +43,5 @@ def _row(entry: Mapping[str, Any], measure: str) -> list[str]:
         number(measure, found["differences"]["plug_in - emulator_tuned"]["value"], sign=True),
         with_interval(measure, found["differences"]["plug_in - full_zero_shot"]),
         gain(found["gain"]),
+        of_seeds(found["gain"]),
     ]

@@ -107,7 +107,9 @@ class Point:
         missing = {key: value for key, value in defaults.items() if key not in tune.model_fields_set}
         tune = tune.model_copy(update=missing)
         if "steps" not in tune.model_fields_set:
-            per_step = tokens_per_step(runner.base, runner.task(task, rows).train, tune)
+            # Batches of unlike lengths depend on the seed; means over seeds want as many steps of each.
+            counted = tune.model_copy(update={"seed": 0})
+            per_step = tokens_per_step(runner.base, runner.task(task, rows).train, counted)
             tune = tune.model_copy(update={"steps": max(1, round(self.budget.tuning_tokens / per_step))})
         return Cell(
             task=task.name,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import DynamicCache
 
 from scaleot_ray.errors import RunFailed
@@ -20,6 +21,9 @@ from scaleot_ray.progress import OnProgress, ProgressMeter
 
 BATCH = 128
 """Sequences generated side by side: one step reads all weights, for one sequence as for many."""
+
+# In front of templates that name today's date: the same settings are to give the same text on any day.
+_ON_A_FIXED_DAY = "{% macro strftime_now(format) %}01 January 2025{% endmacro %}"
 
 
 def openings(tokenizer: Any) -> list[list[int]]:
@@ -35,13 +39,22 @@ def openings(tokenizer: Any) -> list[list[int]]:
             found.append([token])
     if not found:
         found.append([tokenizer.eos_token_id])
-    if tokenizer.chat_template:
-        mark = "…"
-        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-        before, met, _ = text.partition(mark)
-        if met:
-            found.append(tokenizer(before, add_special_tokens=False)["input_ids"])
-    return found
+    user = _user_turn(tokenizer) if tokenizer.chat_template else []
+    return [*found, user] if user else found
+
+
+def _user_turn(tokenizer: Any) -> list[int]:
+    """What the chat template puts in front of a user's first message; empty where it has nothing to say there."""
+    mark = "…"
+    try:
+        template = _ON_A_FIXED_DAY + tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], chat_template=template, tokenize=False
+        )
+    except (TemplateError, ValueError):  # it wants other turns first, or there are several templates and no default
+        return []
+    before, met, _ = text.partition(mark)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if met else []
 
 
 @torch.no_grad()
@@ -71,7 +84,8 @@ def generate_text(
     Raises:
         RunFailed: the model's output is not finite.
     """
-    starts = [start[: block_size // 2] for start in openings(tokenizer)]
+    # Of a long system prompt the end is kept, for there the user's turn begins.
+    starts = [start[-(block_size // 2) :] for start in openings(tokenizer)]
     count = -(-tokens // block_size)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -32,7 +32,7 @@ class LayerScores:
         self.generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> frozenset[int]:
-        """A random mask: the positions to replace, the fraction (about half in the paper) of each group.
+        """A random mask: the positions to replace, the fraction (about half in the paper) of each group; one at least.
 
         Layers are drawn without return with probability proportional to σ(−s): low scores are
         replaced more often and every mask stays possible. Taking the lower half outright would
@@ -48,6 +48,9 @@ class LayerScores:
             weights = torch.sigmoid(-self.values[group])
             drawn = torch.multinomial(weights, count, generator=self.generator)
             chosen.extend(group[index] for index in drawn.tolist())
+        if not chosen:  # every toss said no; a mask that replaces nothing would train and tell nothing
+            weights = torch.sigmoid(-self.values)
+            chosen = torch.multinomial(weights, 1, generator=self.generator).tolist()
         return frozenset(self.middle[index] for index in chosen)
 
     def update(self, masks: Sequence[frozenset[int]], losses: Sequence[float], rate: float) -> None:
@@ -77,8 +80,11 @@ class LayerScores:
     def start_from(self, damage: Sequence[float]) -> None:
         """Scores from the loss increase that each layer causes when it alone is replaced (ours).
 
-        Standardised logarithms of the increase: few masks then suffice to refine the order.
+        Standardised logarithms of the increase: few masks then suffice to refine the order. The score of a single
+        layer is 0.
         """
+        if len(damage) < 2:
+            return
         increase = torch.tensor(damage, dtype=torch.float64).clamp_min(1e-5).log()
         self.values = (increase - increase.mean()) / increase.std().clamp_min(1e-9)
 

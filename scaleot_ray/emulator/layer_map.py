@@ -41,9 +41,10 @@ def plug_in_positions(layers: int, count: int, layout: str = "ends", alpha: floa
         ConfigError: there are not at least two middle layers left.
     """
     if count > layers - 2:
+        remedy = f"Use at most {layers - 2} plug-in layers with this model."
         raise ConfigError(
             f"emulator.plug_in_layers: {count} of {layers} decoder layers leave no middle layers to hide.",
-            f"Use at most {max(layers - 2, 0)} plug-in layers with this model.",
+            remedy if layers > 2 else "Take a model of three layers or more.",
         )
     if layout == "ends":
         first = (count + 1) // 2

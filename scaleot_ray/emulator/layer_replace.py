@@ -30,7 +30,7 @@ from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
 from scaleot_ray.emulator.importance import LayerScores
 from scaleot_ray.emulator.stage_one import StageOne, load_moments
-from scaleot_ray.errors import RunFailed
+from scaleot_ray.errors import ConfigError, RunFailed
 from scaleot_ray.families import Family, hidden_size, layer_count
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
@@ -40,7 +40,16 @@ def candidate_layers(layers: int) -> tuple[int, ...]:
 
     So one stage-1 result serves any number of plug-in layers in any layout; where a layout has these two
     layers among the middle ones, they are kept.
+
+    Raises:
+        ConfigError: the model has no others.
     """
+    if layers < 3:
+        raise ConfigError(
+            f"model: {layers} decoder layer{'s' if layers > 1 else ''}; between the first and the last there is none "
+            "that an emulator could hide.",
+            "Take a model of three layers or more.",
+        )
     return tuple(range(1, layers - 1))
 
 
@@ -67,6 +76,7 @@ def train_stage_one(
             again`` where the moments of a saved state are damaged.
 
     Raises:
+        ConfigError: the model has fewer than three layers.
         RunFailed: the loss became NaN or infinite, or the checkpoint is damaged, belongs to other settings or
             cannot be written.
         ResourcesMissing: the disk is full.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.cells.measured import ALL_LAYERS
+from benchmarks.cells.measured import ALL_LAYERS, Measured, describe
 from benchmarks.cells.runner import CellRunner
-from benchmarks.cells.tasks import CHOICES_OF_77, TASKS, prepare
+from benchmarks.cells.tasks import CHOICES_OF_77, TASKS, prepare, task_named
 from benchmarks.utility.__main__ import main
 from benchmarks.utility.plan import BUDGETS, Point
-from benchmarks.utility.summary import ahead, markdown
+from benchmarks.utility.summary import markdown
 from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings
 from scaleot_ray.errors import ConfigError
+from scaleot_ray.evaluation.score import Blocks
 from tests.benchmarks.tiny_data import write_tiny_data
 
 
@@ -95,6 +98,13 @@ def test_a_budget_says_what_is_spent_unless_settings_do() -> None:
     assert chosen["emulator"].fit_tokens == 0
 
 
+def test_every_seed_takes_as_many_steps(place: Path) -> None:
+    # Batches of unlike lengths come in another order for each seed; with other steps there is no mean over seeds.
+    runner = CellRunner(str(place / "model"), place / "data", place / "out", "cpu")
+    point = Point("x", "wikitext2", replace(BUDGETS["small"], tuning_tokens=2_000_000))
+    assert len({point.cell(task_named("arc_easy"), seed, runner).tune.steps for seed in range(4)}) == 1
+
+
 def test_the_middle_budget_is_what_the_defaults_spend() -> None:
     sections = Point("x", "python", BUDGETS["medium"]).sections()
     defaults = {"stage_one": StageOneSettings(), "emulator": EmulatorSettings(), "tune": TuneSettings()}
@@ -111,30 +121,33 @@ def test_the_paper_recipe_has_no_fit_and_its_own_start() -> None:
     assert sections["emulator"].alpha == 0.25
 
 
+def _rows(plug_in: float) -> dict[str, Measured]:
+    values = {"full_zero_shot": 3.0, "emulator_zero_shot": 4.0, "emulator_tuned": 2.8, "plug_in": plug_in}
+    spread = np.linspace(0.9, 1.1, 40)
+    return {
+        row: Measured("loss", {"loss": Blocks(10 * value * spread, np.full(40, 10), higher_is_better=False)})
+        for row, value in (values | {"full_tuned": 2.5, ALL_LAYERS: 1.0}).items()
+    }
+
+
 def _entry(plug_in: float) -> dict[str, Any]:
-    values = {
-        "full_zero_shot": 3.0,
-        "emulator_zero_shot": 4.0,
-        "emulator_tuned": 2.8,
-        "plug_in": plug_in,
-        "full_tuned": 2.5,
-    }
-    interval = {"value": plug_in - 3.0, "low": -0.4, "high": -0.1}
-    measures = {
-        "rows": {row: {"value": value} for row, value in values.items()},
-        "differences": {"plug_in - full_zero_shot": interval},
-        "gain": {"usable": True, "value": (3.0 - plug_in) / 0.5, "low": 0.1, "high": 0.9, "reason": None},
-    }
-    facts = {"task": "t", "label": "l", "kind": "text", "seeds": {"0": 0}, "loss_margin": 1.0, "verbatim_share": 0.5}
-    return {**facts, "measures": {"loss": measures}}
+    measures = describe(_rows(plug_in))
+    measures["loss"]["gain"]["seeds"] = {"0": 0.3, "1": None, "2": 0.9}
+    facts = {"task": "t", "label": "l", "kind": "text", "loss_margin": 1.0, "verbatim_share": 0.5}
+    return {**facts, "seeds": {"0": 0, "1": 0, "2": 0}, "measures": measures}
 
 
 def test_a_gain_counts_only_ahead_of_the_tuned_emulator() -> None:
-    assert ahead(_entry(2.6)["measures"]["loss"]) == pytest.approx(0.4)
-    assert "(0.80 [0.10, 0.90])" not in markdown({"over_seeds": [_entry(2.6)]})
-    behind = _entry(2.75)
-    assert ahead(behind["measures"]["loss"]) == pytest.approx(0.1)
-    assert "(0.50 [0.10, 0.90])" in markdown({"over_seeds": [behind]})
+    found = describe(_rows(2.6))["loss"]
+    assert found["gain"]["ahead"]["value"] == pytest.approx(0.4)
+    assert found["gain"]["ahead"]["low"] == pytest.approx(0.4)  # all rows are of one shape
+    assert found["gain"]["counts"]
+    # Of tuning every layer the same lead is a tenth of the gain.
+    assert found["gain_of_all_layers"]["ahead"]["value"] == pytest.approx(0.1)
+    assert not found["gain_of_all_layers"]["counts"]
+    shown = markdown({"over_seeds": [_entry(2.6)]})
+    assert "| 40 % | 0.80 [0.80, 0.80] | 0.30 to 0.90 | (0.20 [0.20, 0.20]) |" in shown
+    assert "| 10 % | (0.50 [0.50, 0.50]) |" in markdown({"over_seeds": [_entry(2.75)]})
 
 
 def test_banking_rows_hold_their_own_intent_once(tmp_path: Path) -> None:

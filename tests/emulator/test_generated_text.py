@@ -78,3 +78,29 @@ def test_a_broken_model_is_said_as_such() -> None:
     model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(RunFailed, match="is not finite"):
         generate_text(model, tiny_tokenizer(), 64, 16)
+
+
+def test_a_template_that_cannot_begin_with_a_user_is_done_without() -> None:
+    tokenizer = tiny_tokenizer()
+    document = openings(tokenizer)[:1]
+    for template in (
+        "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}",  # nothing in front of it
+        "{{ raise_exception('a system message is missing') }}",
+        {"tool_use": "{{ messages[0].content }}", "rag": "{{ messages[0].content }}"},  # no default
+    ):
+        tokenizer.chat_template = template
+        assert openings(tokenizer) == document
+        assert generate_text(opinionated(), tokenizer, 8 * 16, 16).shape == (8, 16)
+
+
+def test_the_day_it_is_made_on_does_not_show() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }} user: {{ messages[0].content }}"
+    assert tokenizer.decode(openings(tokenizer)[-1]) == "01 January 2025 user: "
+
+
+def test_of_a_long_system_prompt_the_end_is_kept() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'a system prompt of many words ' * 20 }}<|start|>user\n{{ messages[0].content }}"
+    made = generate_text(opinionated(), tokenizer, 4 * 32, 32)
+    assert tokenizer.decode(made[-1, :16]).endswith("<|start|>user\n")

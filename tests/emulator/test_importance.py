@@ -23,6 +23,19 @@ def test_the_masked_share_holds_on_average(fraction):
     assert sum(replaced) / len(replaced) == pytest.approx(10 * fraction, abs=0.15)
 
 
+@pytest.mark.parametrize(("layers", "fraction"), [(12, 0.1), (6, 0.2), (4, 0.25), (1, 0.5), (30, 0.01)])
+def test_a_mask_replaces_one_layer_at_least(layers, fraction):
+    scores = LayerScores(range(layers), 4, fraction)
+    assert all(scores.sample() for _ in range(300))
+
+
+def test_a_single_layer_has_a_score():
+    scores = LayerScores([1], 4)
+    scores.start_from([0.3])
+    assert scores.by_position() == {1: 0.0}
+    assert scores.sample() == {1}
+
+
 def test_masks_explore_and_low_scores_are_replaced_more_often():
     scores = LayerScores(range(8), 4, seed=1)
     scores.values = torch.tensor([2.0, 0, 0, -2, 2, 0, 0, -2], dtype=torch.float64)
