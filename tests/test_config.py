@@ -240,6 +240,13 @@ def test_a_result_depends_on_the_decisive_keys_only() -> None:
     assert with_part[0] != with_part[1]
 
 
+def test_a_rank_reduction_that_hides_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"beta: a rank reduction of 0\.001") as caught:
+        parse(EmulatorSettings, {"beta": 0.001}, "settings")
+    assert caught.value.remedy == "Set 0, or 0.05 or more."
+    assert [parse(EmulatorSettings, {"beta": beta}, "settings").beta for beta in (0, 0.05)] == [0, 0.05]
+
+
 @pytest.mark.parametrize("beside", [{"alpha": 0.5}, {"beta": 0.2}, {"alpha": 0.25, "beta": 0.2}])
 def test_a_privacy_level_and_its_outcome_exclude_each_other(beside: dict[str, float]) -> None:
     # 0.5 is the default of alpha: that it was given counts, not its value.

@@ -15,7 +15,6 @@ from scaleot_ray.errors import ConfigError
 
 TASKS = ("python_reference", "wikitext2", "sst2", "banking77", "arc_easy", "openbookqa")
 SECTIONS: dict[str, Any] = {"stage_one": StageOneSettings, "emulator": EmulatorSettings, "tune": TuneSettings}
-_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ class Point:
                 raise ConfigError(f"--set {name}: there is no such section.", f"Take one of {', '.join(SECTIONS)}.")
         found = {name: parse(section, values[name], f"--set {name}") for name, section in SECTIONS.items()}
         stage_one = found["stage_one"]
+        if "seed" in stage_one.model_fields_set:
+            raise ConfigError("--set stage_one.seed: a point is computed for each of --seeds.", "Give --seeds instead.")
         batch = stage_one.batch_size * stage_one.block_size
         spent = {
             "stage_one": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from scaleot_ray.config.inputs import DataSettings, ModelSettings
 from scaleot_ray.config.settings import Number, Settings
@@ -80,7 +80,9 @@ class EmulatorSettings(Settings):
         "replaced layers behind them only",
     )
     alpha: Number = Field(0.5, ge=0, le=1, description="fraction of the middle layers that is replaced, rounded up")
-    beta: Number = Field(0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights")
+    beta: Number = Field(
+        0.8, ge=0, lt=1, description="rank reduction of the kept layers' attention weights; 0 or at least 0.05"
+    )
     privacy: Literal["low", "medium", "high"] | None = Field(
         None, description="choose α and β from a minimum loss margin and a maximum verbatim share instead"
     )
@@ -109,6 +111,16 @@ class EmulatorSettings(Settings):
     allow_unprotected: bool = Field(
         False, description="build what hides nothing, for experiments; such an artefact is never sent"
     )
+
+    @field_validator("beta")
+    @classmethod
+    def _takes_something_away(cls, beta: float) -> float:
+        if 0 < beta < 0.05:
+            raise ValueError(
+                f"a rank reduction of {beta} leaves the weights as good as they are, but they would count as hidden; "
+                "set 0, or 0.05 or more"
+            )
+        return beta
 
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> EmulatorSettings:

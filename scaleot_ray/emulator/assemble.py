@@ -92,11 +92,11 @@ def assemble_tensors(
         ) from None
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing or unexpected:
-        name = (missing + unexpected)[0]
+    if missing:
+        raise _missing(missing[0])
+    if unexpected:
         raise ArtifactRefused(
-            f"tensor {name!r} is {'missing from' if missing else 'not part of'} the emulator.",
-            "Ask the model owner for the emulator again.",
+            f"tensor {unexpected[0]!r} is not part of the emulator.", "Ask the model owner for the emulator again."
         )
     model.to(device)
     return model.requires_grad_(False).eval()
@@ -110,9 +110,19 @@ def _place_factors(
         if name + ".down" not in tensors:
             continue
         rows = projection.parts(config) if projection.parts else None
-        ups = [tensors[f"{name}.up.{part}"] for part in range(1 if rows is None else len(rows))]
+        names = [f"{name}.up.{part}" for part in range(1 if rows is None else len(rows))]
+        for up in names:
+            if up not in tensors:
+                raise _missing(up)
+        ups = [tensors[up] for up in names]
         sizes, ranks = [up.shape[0] for up in ups], [up.shape[1] for up in ups]
         width = tensors[name + ".down"].shape[1]
         module = LowRankLinear(width, sizes, ranks, name + ".bias" in tensors, rows).to("meta")
         parent, _, attribute = projection.path.rpartition(".")
         setattr(layer.get_submodule(parent), attribute, module)
+
+
+def _missing(name: str) -> ArtifactRefused:
+    return ArtifactRefused(
+        f"tensor {name!r} is missing from the emulator.", "Ask the model owner for the emulator again."
+    )

@@ -42,7 +42,7 @@ class _KLDivergence(torch.autograd.Function):
             p = log_p.exp()
             total += (p * (log_p - log_q)).sum(dtype=torch.float64)
             if gradient is not None:
-                gradient[part] = log_q.exp_().sub_(p).div_(rows)
+                gradient[part] = log_q.exp_().sub_(p)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return (total / rows).float()
@@ -50,4 +50,4 @@ class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None
+        return gradient * (outer[0] / len(gradient)), None

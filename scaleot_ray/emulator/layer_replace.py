@@ -35,6 +35,9 @@ from scaleot_ray.families import Family, hidden_size, layer_count
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
 
+_FLOAT16_SCALE = 2.0**10
+
+
 def candidate_layers(layers: int) -> tuple[int, ...]:
     """Layers that stage 1 trains harmonizers for: all but the first and the last.
 
@@ -105,6 +108,8 @@ class _Trainer:
         self.settings, self.checkpoint, self.on_progress = settings, checkpoint, on_progress
         self.parameter = next(model.parameters())
         self.positions = candidate_layers(layer_count(model.config))
+        # Of float16 gradients of a mean over many tokens most would be zero; harmonizers and their gradients are float32.
+        self.loss_scale = _FLOAT16_SCALE if self.parameter.dtype == torch.float16 else 1.0
         self.scores = LayerScores(self.positions, settings.group_size, settings.masked_fraction, settings.seed)
         self.step, self.scored = 0, settings.score_start == "zero"
         self.history: list[dict[str, Any]] = []
@@ -212,7 +217,10 @@ class _Trainer:
             real = batch["attention_mask"].bool()  # padding has nothing to teach
             loss = distillation_loss(logits[real], teacher[real])
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * self.loss_scale).backward()
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(self.loss_scale)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self._schedule()
         self.optimizer.step()

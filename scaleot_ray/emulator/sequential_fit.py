@@ -35,8 +35,9 @@ from scaleot_ray.progress import OnProgress, ProgressMeter
 
 _BATCHES_AT_ONCE = 4
 
-# Of the gradient steps: peak rate relative to a factor's root mean square, and steps of warm-up.
-_RATE, _WARMUP = 0.03, 10
+# Of the gradient steps: peak rate relative to a factor's root mean square, steps of warm-up, and the least deviation of
+# a dimension that counts, relative to the mean one.
+_RATE, _WARMUP, _LEAST_DEVIATION = 0.03, 10, 0.01
 
 _Factors = list[tuple[torch.Tensor, torch.Tensor]]
 """``up`` (rows of the part, rank) and ``down`` (rank, in) of each part of a projection."""
@@ -269,7 +270,9 @@ class SequentialFit:
             betas=(0.9, 0.95),
             weight_decay=0.0,
         )
-        scale = behind.deviation().clamp_min(1e-12)
+        # A dimension that hardly varies (a pruned model's) would own the loss.
+        scale = behind.deviation()
+        scale = scale.clamp_min(_LEAST_DEVIATION * scale.mean()).clamp_min(1e-12)
         for step in range(self.steps):
             stream, (usual, target) = streams[step % len(streams)], targets[step % len(streams)]
             values = {
@@ -281,7 +284,8 @@ class SequentialFit:
                 arguments, named = stream.calls.arguments[index]
                 torch.func.functional_call(layer, values, (stream.emulated, *arguments), named)
             got = _rows(seen[attention[-1].path].output, stream)[usual]
-            loss = ((got.float() - target.float()) / scale).square().mean()
+            # The sum over tokens, not their mean: of that, float16 gradients would be zero. To Adam both are the same.
+            loss = ((got.float() - target.float()) / scale).square().mean(-1).sum()
             optimizer.zero_grad()
             loss.backward()
             share = min(1.0, (step + 1) / _WARMUP) * (1 - step / self.steps)

@@ -1,4 +1,5 @@
 import json
+import re
 import math
 
 import pytest
@@ -218,10 +219,13 @@ def test_a_manifest_that_lies_about_protection_is_still_not_sent():
 
 def test_a_missing_tensor_is_named_when_assembling():
     base = _base()
-    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
-    del artifact.tensors["model.norm.weight"]
-    with pytest.raises(ArtifactRefused, match=r"model\.norm\.weight"):
-        assemble(artifact)
+    stage_one = _stage_one(base)
+    factor = next(name for name in emulator_artifact(base, stage_one, _settings(), FACTS).tensors if ".up.0" in name)
+    for name in ("model.norm.weight", factor, factor.replace("up.0", "down")):
+        artifact = emulator_artifact(base, stage_one, _settings(), FACTS)
+        del artifact.tensors[name]
+        with pytest.raises(ArtifactRefused, match=re.escape(name.removesuffix(".down"))):
+            assemble(artifact)
 
 
 def test_the_card_and_the_tokenizer_travel_along():

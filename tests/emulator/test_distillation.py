@@ -30,3 +30,18 @@ def test_equal_logits_have_no_loss_and_no_gradient():
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.abs() < 1e-6
     assert gradient.abs().max() < 1e-6
+
+
+def test_float16_gradients_survive_only_scaled():
+    # Of a mean over many rows, most gradients are below the smallest float16: stage 1 scales its loss by 1024 there.
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(512, 4096, generator=generator)
+    student = (teacher + 0.1 * torch.randn(512, 4096, generator=generator)).half().requires_grad_(True)
+    exact = student.detach().float().requires_grad_(True)
+    (wanted,) = torch.autograd.grad(distillation_loss(exact, teacher), exact)
+    errors = []
+    for scale in (1.0, 1024.0):
+        (found,) = torch.autograd.grad(scale * distillation_loss(student, teacher), student)
+        errors.append(((found.float() / scale - wanted).norm() / wanted.norm()).item())
+    assert errors[0] > 5 * errors[1]
+    assert errors[1] < 0.005

@@ -111,6 +111,26 @@ def test_gradient_steps_bring_it_closer_still(name: str, beta: float) -> None:
             assert not any(value.requires_grad for value in refined.get_submodule(path).parameters())
 
 
+def test_a_dimension_that_never_varies_does_not_own_the_gradient_steps() -> None:
+    def without_a_dimension() -> BaseModel:
+        base, _ = owner()
+        with torch.no_grad():
+            base.model.get_input_embeddings().weight[:, 5] = 0
+            for layer in base.family.layers(base.model):
+                layer.self_attn.o_proj.weight[5] = 0
+                layer.mlp.down_proj.weight[5] = 0
+        return base
+
+    base = without_a_dimension()
+    settings = StageOneSettings(
+        harmonizer_rank=16, start_tokens=2048, steps=0, block_size=24, activation="identity", generated_tokens=0
+    )
+    stage_one = train_stage_one(base.model, base.family, STREAM, STREAM.fixed(1), settings)
+    artifact = emulator(base, stage_one, alpha=0.2, beta=0.8)
+    closed_form, refined = fit(base, artifact)[0], fit(base, artifact, steps=40)[0]
+    assert stream_error(base, refined) < stream_error(base, closed_form)
+
+
 def test_text_that_says_nothing_of_other_text_makes_it_worse() -> None:
     base, stage_one = owner()
     artifact = emulator(base, stage_one)
