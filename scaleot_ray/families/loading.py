@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from scaleot_ray.config import ModelSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing, UnsupportedArchitectureError
@@ -23,6 +22,11 @@ from scaleot_ray.families.family import Family, text_config
 from scaleot_ray.families.gguf import gguf_metadata
 from scaleot_ray.families.sources import UNKNOWN_LICENCE, directory_licence, resolve_source
 from scaleot_ray.families.tokenizer import load_tokenizer, read_tokenizer, tokenizer_files
+
+# The code of models loads slowly, with torch's compiler and accelerate; who only reads configs and tensors, as the
+# coordinator of a run does, never needs it.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "BaseModel",
@@ -262,6 +266,8 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
     Fill it with ``load_state_dict(…, assign=True)`` and tie again with ``tie_weights()``.
     """
+    from accelerate import init_empty_weights
+
     config = copy.deepcopy(config)
     config.use_cache = False
     with init_empty_weights(include_buffers=False):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +15,11 @@ from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import Family, dense_weight
 from scaleot_ray.tuning.delta import MethodSettings
 from scaleot_ray.tuning.method import PlugInMethod, delta_dtype
+
+# PEFT loads slowly, with every method it has and the trainers of transformers; every process of a run imports
+# this file, and only those that attach pairs need PEFT.
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER = "default"
 
@@ -55,6 +58,9 @@ class LowRank(PlugInMethod):
     def _attach(
         self, model: nn.Module, family: Family, positions: tuple[int, ...], settings: MethodSettings
     ) -> dict[str, nn.Parameter]:
+        from peft import inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         targets = target_modules(family, positions, settings)
         dtypes = [dense_weight(_projection(model, name)).dtype for name in targets]
         dtype = delta_dtype(dtypes[0])
@@ -80,6 +86,8 @@ class LowRank(PlugInMethod):
         return {name: value.detach().clone() for name, value in values.items()}
 
     def _detach(self, model: nn.Module) -> None:
+        from peft.tuners.lora import LoraLayer
+
         for name in self._targets:
             layer = model.get_submodule(name)
             if isinstance(layer, LoraLayer):
@@ -123,6 +131,8 @@ def target_modules(family: Family, positions: tuple[int, ...], settings: MethodS
 
 def peft_config(model: nn.Module, targets: list[str], settings: MethodSettings) -> LoraConfig:
     """PEFT's settings of the same pairs, restricted to ``targets`` by full module names."""
+    from peft import LoraConfig
+
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     return LoraConfig(
         r=rank_of(settings),

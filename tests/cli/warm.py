@@ -15,7 +15,11 @@ from typing import Any
 
 
 def load() -> None:
-    """Imports what the commands import; computes nothing, so that forking is safe."""
+    """Imports what the commands import, at once or where they need it; computes nothing, so that forking is safe."""
+    import peft  # noqa: F401
+    import transformers.modeling_utils
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     import scaleot_ray.cli.main
     import scaleot_ray.stages.build
     import scaleot_ray.stages.evaluate

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from peft.utils import merge_utils
 
 from scaleot_ray.plugin.aggregation.contribution import Contribution
 
@@ -21,6 +20,8 @@ def ties(parts: Sequence[Contribution], name: str, density: float) -> torch.Tens
     Weights are relative to an equal share, since the average is over those that kept a value. Holds
     the tensor of all deltas at once, several times.
     """
+    from peft.utils import merge_utils  # loads slowly; only these two methods need it
+
     weights = torch.tensor([part.weight * len(parts) for part in parts])
     return merge_utils.ties(_all(parts, name), weights, density)
 
@@ -31,6 +32,8 @@ def dare(parts: Sequence[Contribution], name: str, density: float, seed: int) ->
     DARE, arXiv 2311.03099. The same seed gives the same values. Holds the tensor of all deltas at once,
     several times.
     """
+    from peft.utils import merge_utils
+
     weights = torch.tensor([part.weight for part in parts])
     with torch.random.fork_rng(devices=[]):
         # One stream a tensor, so that it does not matter in which order tensors come.
