@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,10 @@ import pytest
 
 if TYPE_CHECKING:
     from scaleot_ray.federation.resources.session import Session
+
+# Ray's workers run at nice 15: beside other work, or another test process, an actor takes minutes to start. What the
+# tests wait for is a run, not a turn.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,6 @@ def running_cluster() -> Iterator[Cluster]:
     """A cluster for the time of the tests, with a token of its own."""
     path = f"{_RAY.parent}{os.pathsep}{os.environ['PATH']}"  # `python` is the one that has the package
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), PATH=path)
-    env["RAY_worker_niceness"] = "0"  # on a machine that has other work, Ray's 15 means minutes to start an actor
     # Sockets have short names, so pytest's folder will not do.
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="scaleot-", dir="/tmp")), env)
     cluster.env.pop("RAY_ADDRESS", None)
