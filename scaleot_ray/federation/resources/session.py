@@ -30,6 +30,9 @@ from scaleot_ray.federation.resources.watchdog import watched
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
 _SHUTDOWN_SECONDS = 4.0  # it takes 1.5
 _SETTLE_SECONDS = 5.0  # what actors held that ended just now is free within a tenth, on a busy machine later
+# All of a private Ray's processes inherit it. Workers that Ray starts beforehand, one a processor, would never be used,
+# since each actor of a run has an environment of its own; they would only slow down the start of the first actors.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _started(cpus: int, gpus: int, object_store_bytes: int, debug: bool) -> Iter
     talkative, worker._worker_logs_enabled = worker._worker_logs_enabled, debug
     with watched(MARK, mark, folder):
         try:
-            with _environment({MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"}):  # all of Ray's processes inherit it
+            with _environment({MARK: mark, **_ENVIRONMENT}):
                 _start(cpus, gpus, object_store_bytes, folder, debug)
             yield
         finally:
