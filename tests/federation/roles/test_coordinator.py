@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,42 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 
 @pytest.fixture
-def audit(tmp_path: Path) -> AuditLog:
-    """The audit log of the coordinator below."""
-    return AuditLog(tmp_path / "audit.jsonl")
-
-
-@pytest.fixture
-def coordinator(connected_ray: Session, tmp_path: Path) -> Any:
+def coordinator(connected_ray: Session, tmp_path: Path) -> Iterator[Any]:
     """A coordinator of a run in ``tmp_path`` that lives for one test."""
-    charge = Charge(str(tmp_path), str(tmp_path / "registry"), RoundSettings(), None, {}, {"bob": "loss"})
+    charge = Charge(str(tmp_path), str(tmp_path / "registry"), RoundSettings(), None, {}, {})
     actor = start(Coordinator, 1, 0, charge, mark="", claim=False)
     yield actor
+    stop(actor)
+
+
+@dataclass
+class Published:
+    """A coordinator whose emulator is out, in a round of data owners; each test is about one of them.
+
+    Attributes:
+        folder: the run's.
+        coordinator: the actor.
+        audit: its log.
+        tokens: of the data owners.
+    """
+
+    folder: Path
+    coordinator: Any
+    audit: AuditLog
+    tokens: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def published(connected_ray: Session, parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    """One for all tests that leave it as it was."""
+    folder = tmp_path_factory.mktemp("published")
+    rounds, tables = RoundSettings(quorum=1), {"bob": "loss"}
+    charge = Charge(str(folder), str(folder / "registry"), rounds, None, {}, tables, lease_seconds=3600.0)
+    actor = start(Coordinator, 1, 0, charge, mark="", claim=False)
+    publish(actor, parts.folder / "emulator", folder, "data owner alice", "data owner bob", "evaluator alice")
+    tokens = {name: ray.get(actor.admit.remote(name, {})) for name in ("alice", "cas", "dora")}
+    ray.get(actor.begin_round.remote([*tokens]))
+    yield Published(folder, actor, AuditLog(folder / "audit.jsonl"), tokens)
     stop(actor)
 
 
@@ -121,16 +147,16 @@ def test_tuning_shares_what_is_frozen_and_copies_what_it_trains(parts: Parts, tm
     check_unchanged(shared, "data owner alice")
 
 
-def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path) -> None:
-    publish(coordinator, parts.folder / "emulator", tmp_path, "data owner alice", "data owner bob", "evaluator alice")
-    token = begin(coordinator)
+def test_crossings_are_recorded_one_by_one(published: Published, parts: Parts) -> None:
+    coordinator, lines = published.coordinator, published.audit.read()
+    token = published.tokens["alice"]
     ray.get(coordinator.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
     entry = ray.get(coordinator.entry.remote("alice"))
     assert (entry.delta_digest, entry.delta_bytes) == (parts.delta.digest, parts.delta.nbytes)
     assert entry.metrics["emulator_tuned"] > 0
     assert from_shared(ray.get(coordinator.delta.remote("alice"))).digest == parts.delta.digest
-    crossings = [(line["sender"], line["recipient"], line["kind"], line["decision"]) for line in audit.read()]
-    assert crossings == [
+    lines = lines[:3] + published.audit.read()[len(lines) :]  # the emulator's, and those since
+    assert [(line["sender"], line["recipient"], line["kind"], line["decision"]) for line in lines] == [
         ("model owner", "data owner alice", "emulator", "sent"),
         ("model owner", "data owner bob", "emulator", "sent"),
         ("model owner", "evaluator alice", "emulator", "sent"),
@@ -140,32 +166,25 @@ def test_crossings_are_recorded_one_by_one(coordinator: Any, parts: Parts, audit
     ]
 
 
-def test_an_open_emulator_is_never_sent(coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path) -> None:
+def test_an_open_or_a_damaged_emulator_is_refused_and_recorded(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
+    audit = AuditLog(tmp_path / "audit.jsonl")
     with pytest.raises(ArtifactRefused, match="hides nothing"):
         publish(coordinator, parts.folder / "open", tmp_path)
     (line,) = audit.read()
     assert line["decision"] == "refused"
     assert "hides nothing" in line["reason"]
-
-
-def test_a_damaged_emulator_is_refused_and_recorded(
-    coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path
-) -> None:
-    shutil.copytree(parts.folder / "emulator", tmp_path / "emulator")
     (tmp_path / "emulator" / "manifest.json").write_text("{")
     with pytest.raises(ArtifactRefused, match="is no valid JSON"):
         ray.get(coordinator.publish.remote(["data owner alice"]))
-    (line,) = audit.read()
+    _, line = audit.read()
     assert (line["sender"], line["recipient"], line["kind"]) == ("model owner", "data owners", "emulator")
     assert (line["bytes"], line["decision"]) == (0, "refused")
     assert "manifest.json" in line["reason"]
 
 
-def test_what_is_no_delta_is_refused_and_recorded(
-    coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path
-) -> None:
-    publish(coordinator, parts.folder / "emulator", tmp_path)
-    alice = ("alice", begin(coordinator), 1)
+def test_what_is_no_delta_is_refused_and_recorded(published: Published, parts: Parts) -> None:
+    coordinator, before = published.coordinator, len(published.audit.read())
+    cas = ("cas", published.tokens["cas"], 1)
     more = Artifact.create(
         "delta",
         parts.delta.manifest.content,
@@ -174,26 +193,26 @@ def test_what_is_no_delta_is_refused_and_recorded(
         parent_digest=parts.emulator.digest,
     )
     with pytest.raises(ArtifactRefused, match="'rows'"):
-        ray.get(coordinator.submit.remote(*alice, to_shared(more), to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*cas, to_shared(more), to_shared(parts.metrics)))
     altered = to_shared(parts.delta)
     name = next(iter(altered["tensors"]))
     altered["tensors"][name] = altered["tensors"][name] ^ 1
     with pytest.raises(ArtifactRefused, match="was altered"):
-        ray.get(coordinator.submit.remote(*alice, altered, to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*cas, altered, to_shared(parts.metrics)))
     numbers = Artifact.create("metrics", MetricsContent(values={"row\n1": 1.0}), {})
     with pytest.raises(ArtifactRefused, match="metric name"):
-        ray.get(coordinator.submit.remote(*alice, to_shared(parts.delta), to_shared(numbers)))
+        ray.get(coordinator.submit.remote(*cas, to_shared(parts.delta), to_shared(numbers)))
     with pytest.raises(ArtifactRefused, match="of kind 'metrics' as its delta"):
-        ray.get(coordinator.submit.remote(*alice, to_shared(parts.metrics), to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*cas, to_shared(parts.metrics), to_shared(parts.metrics)))
     cut = to_shared(parts.delta)
     cut["tensors"][name] = cut["tensors"][name][:-1]
     with pytest.raises(ArtifactRefused, match="its manifest says"):
-        ray.get(coordinator.submit.remote(*alice, cut, to_shared(parts.metrics)))
+        ray.get(coordinator.submit.remote(*cas, cut, to_shared(parts.metrics)))
     unreadable = {**to_shared(parts.metrics), "manifest": b"{"}
     with pytest.raises(ArtifactRefused, match="no valid JSON"):
-        ray.get(coordinator.submit.remote(*alice, to_shared(parts.delta), unreadable))
-    assert ray.get(coordinator.entry.remote("alice")) is None
-    lines = audit.read()[1:]  # after the emulator's
+        ray.get(coordinator.submit.remote(*cas, to_shared(parts.delta), unreadable))
+    assert ray.get(coordinator.entry.remote("cas")) is None
+    lines = published.audit.read()[before:]
     assert [(line["kind"], line["decision"]) for line in lines] == [
         ("delta", "refused"),
         ("delta", "refused"),
@@ -202,14 +221,12 @@ def test_what_is_no_delta_is_refused_and_recorded(
         ("delta", "refused"),
         *(("delta", "sent"), ("metrics", "refused")),
     ]
-    assert {(line["sender"], line["recipient"]) for line in lines} == {("data owner alice", "model owner")}
+    assert {(line["sender"], line["recipient"]) for line in lines} == {("data owner cas", "model owner")}
     assert all(line["reason"] for line in lines if line["decision"] == "refused")
 
 
-def test_an_evaluators_table_is_a_crossing_of_its_own(
-    coordinator: Any, parts: Parts, audit: AuditLog, tmp_path: Path
-) -> None:
-    publish(coordinator, parts.folder / "emulator", tmp_path)
+def test_an_evaluators_table_is_a_crossing_of_its_own(published: Published) -> None:
+    coordinator = published.coordinator
     score = LossScore(np.array([1.5, 2.5]), np.array([1, 2]))
     table = TenantTable("bob", "loss", {"plug_in": score, "full_tuned": None})
     with pytest.raises(ArtifactRefused, match="'evaluator alice' is not declared"):
@@ -219,7 +236,7 @@ def test_an_evaluators_table_is_a_crossing_of_its_own(
         ray.get(coordinator.submit_table.remote("bob", pack_table(bad)))
     ray.get(coordinator.submit_table.remote("bob", pack_table(table)))
     assert table_json(ray.get(coordinator.table.remote("bob"))) == table_json(table)
-    lines = [line for line in audit.read() if line["kind"] == "table"]
+    lines = [line for line in published.audit.read() if line["kind"] == "table"]
     assert [line["decision"] for line in lines] == ["refused", "refused", "sent"]
     assert [line["sender"] for line in lines] == ["unknown sender", "evaluator bob", "evaluator bob"]
     assert lines[2]["bytes"] == len(pack_table(table))
@@ -267,12 +284,11 @@ def test_the_log_says_what_happened_when_to_whom(coordinator: Any, parts: Parts,
     assert said[7].startswith("INFO round=1 finished (1 of 1 deltas, ")
 
 
-def test_an_emulator_from_another_nodes_disk_is_written_here(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
-    publish(coordinator, parts.folder / "emulator", tmp_path)
-    digest = parts.emulator.digest
+def test_an_emulator_from_another_nodes_disk_is_written_here(published: Published, parts: Parts) -> None:
+    coordinator, written, digest = published.coordinator, published.folder / "emulator", parts.emulator.digest
     assert ray.get(coordinator.has_emulator.remote(digest))
     assert not ray.get(coordinator.has_emulator.remote("0" * 64))
-    shutil.rmtree(tmp_path / "emulator")
+    shutil.rmtree(written)
     assert not ray.get(coordinator.has_emulator.remote(digest))
     damaged = to_shared(parts.emulator)
     name = next(iter(damaged["tensors"]))
@@ -280,30 +296,27 @@ def test_an_emulator_from_another_nodes_disk_is_written_here(coordinator: Any, p
     damaged["tensors"][name][0] ^= 1
     with pytest.raises(ArtifactRefused, match=name):
         ray.get(coordinator.take_emulator.remote(damaged))
-    assert not (tmp_path / "emulator").exists()
+    assert not written.exists()
     ray.get(coordinator.take_emulator.remote(to_shared(parts.emulator)))
-    assert read_artifact(tmp_path / "emulator").digest == digest
+    assert read_artifact(written).digest == digest
 
 
-def test_prometheus_finds_a_runs_metrics(coordinator: Any, parts: Parts, tmp_path: Path) -> None:
-    publish(coordinator, parts.folder / "emulator", tmp_path)
-    token = begin(coordinator)
-    ray.get(coordinator.begin_part.remote(1, "alice"))
+def test_prometheus_finds_a_runs_metrics(published: Published, parts: Parts) -> None:
+    coordinator, token = published.coordinator, published.tokens["dora"]
+    ray.get(coordinator.begin_part.remote(1, "dora"))
     ray.get(
-        coordinator.report.remote(
-            Progress("tune alice", 3, 12, 2.5, 100.0, tenant="alice", round=1), "data owner alice"
-        )
+        coordinator.report.remote(Progress("tune dora", 3, 12, 2.5, 100.0, tenant="dora", round=1), "data owner dora")
     )
     with pytest.raises(ArtifactRefused):
-        ray.get(coordinator.submit.remote("alice", "guessed", 1, to_shared(parts.delta), to_shared(parts.metrics)))
-    ray.get(coordinator.submit.remote("alice", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
-    work = {"run": tmp_path.name, "role": "data owner", "tenant": "alice", "round": "1", "stage": "tune"}
-    crossing = {"run": tmp_path.name, "sender": "data owner alice", "recipient": "model owner", "kind": "delta"}
-    part = {"run": tmp_path.name, "tenant": "alice", "round": "1"}
+        ray.get(coordinator.submit.remote("dora", "guessed", 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    ray.get(coordinator.submit.remote("dora", token, 1, to_shared(parts.delta), to_shared(parts.metrics)))
+    work = {"run": published.folder.name, "role": "data owner", "tenant": "dora", "round": "1", "stage": "tune"}
+    crossing = {"run": published.folder.name, "sender": "data owner dora", "recipient": "model owner", "kind": "delta"}
+    part = {"run": published.folder.name, "tenant": "dora", "round": "1"}
     wanted = [
         ("ray_scaleot_progress_ratio", work, 0.25),
         ("ray_scaleot_loss_nats", work, 2.5),
-        ("ray_scaleot_round_quorum", {"run": tmp_path.name, "round": "1"}, 1),
+        ("ray_scaleot_round_quorum", {"run": published.folder.name, "round": "1"}, 1),
         ("ray_scaleot_tuning_starts_total", part, 1),
         ("ray_scaleot_crossings_total", {**crossing, "sender": "unknown sender", "decision": "refused"}, 1),
         ("ray_scaleot_crossed_bytes_total", {**crossing, "decision": "sent"}, parts.delta.nbytes),
