@@ -1,6 +1,8 @@
+import copy
 import json
 import re
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +32,14 @@ def _base(name="llama"):
 
 
 def _stage_one(base, **changes):
+    """Trained once for each model and settings; a copy, whose scores a test may set."""
+    return copy.copy(_trained(base.source, base.model.dtype, **changes))
+
+
+@cache
+def _trained(name, dtype, **changes):
+    base = _base(name)
+    base.model.to(dtype)
     values = {"harmonizer_rank": 8, "start_tokens": 256, "steps": 2, "block_size": 16, "generated_tokens": 0}
     settings = StageOneSettings(**{**values, **changes})
     return train_stage_one(base.model, base.family, STREAM, STREAM.fixed(2), settings)

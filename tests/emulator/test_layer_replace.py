@@ -1,5 +1,6 @@
 import json
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_the_closed_form_starts_closer_than_the_random_start():
     assert _distance(closed) < 0.8 * _distance(random)
 
 
+def _whole(settings=SETTINGS):
+    """What a run gives that nothing interrupts; trained once for each settings, and nobody changes it."""
+    return _trained(settings.model_dump_json())
+
+
+@cache
+def _trained(settings):
+    return _train(StageOneSettings.model_validate_json(settings))
+
+
 class _Stop(Exception):
     pass
 
@@ -103,7 +114,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(tmp_path, stop_
     # What precedes the first step is kept, too.
     assert {progress.stage for progress in heard} == {"stage 1"}
     assert heard[0].step == saved + 1
-    assert _same(_train(), resumed)
+    assert _same(_whole(), resumed)
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -111,7 +122,7 @@ def test_interrupted_in_calibration_it_starts_afresh(tmp_path, step):
     path = tmp_path / "stage_one.safetensors"
     _stopped(path, step, "calibrate")
     assert not list(tmp_path.iterdir())
-    assert _same(_train(), _train(checkpoint=path))
+    assert _same(_whole(), _train(checkpoint=path))
 
 
 @pytest.mark.parametrize("step", [1, 2, 6])
@@ -121,7 +132,7 @@ def test_interrupted_in_layer_damage_it_keeps_the_calibration(tmp_path, step, st
     _stopped(path, step, "layer damage", settings=settings)
     assert steps_done(path) is None
     heard = []
-    assert _same(_train(settings), _train(settings, checkpoint=path, on_progress=heard.append))
+    assert _same(_whole(settings), _train(settings, checkpoint=path, on_progress=heard.append))
     assert [progress.step for progress in heard if progress.stage == "layer damage"] == [1, 2, 3, 4, 5, 6]
     assert {progress.stage for progress in heard} == {"layer damage", *(["stage 1"] if steps else [])}
     assert steps_done(path) == steps
@@ -131,7 +142,7 @@ def test_interrupted_at_the_first_step_it_keeps_the_layer_damage(tmp_path):
     path = tmp_path / "stage_one.safetensors"
     _stopped(path, 1)
     heard = []
-    assert _same(_train(), _train(checkpoint=path, on_progress=heard.append))
+    assert _same(_whole(), _train(checkpoint=path, on_progress=heard.append))
     assert {progress.stage for progress in heard} == {"stage 1"}
 
 
@@ -151,7 +162,7 @@ def test_a_state_of_before_layer_damage_had_its_own_checkpoint_is_read(tmp_path)
     del record["scored"]
     write_state(path, tensors, "stage_one", json.dumps(record))
     assert steps_done(path) == 3
-    assert _same(_train(), _train(checkpoint=path))
+    assert _same(_whole(), _train(checkpoint=path))
 
 
 def test_a_slow_run_is_saved_between_its_checkpoints(tmp_path, monkeypatch):
@@ -162,7 +173,7 @@ def test_a_slow_run_is_saved_between_its_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "_WRITING_SHARE", math.inf)
     _stopped(path, 5, settings=settings)
     assert steps_done(path) == 4
-    assert _same(_train(settings), _train(settings, checkpoint=path))
+    assert _same(_whole(settings), _train(settings, checkpoint=path))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -187,7 +198,7 @@ def test_another_pace_of_checkpoints_is_no_other_setting(tmp_path):
     heard = []
     resumed = _train(SETTINGS.model_copy(update={"checkpoint_every": 5}), checkpoint=path, on_progress=heard.append)
     assert heard[0].step == 4
-    assert _same(_train(), resumed)
+    assert _same(_whole(), resumed)
 
 
 def test_a_full_disk_leaves_the_older_state(tmp_path):
@@ -199,7 +210,7 @@ def test_a_full_disk_leaves_the_older_state(tmp_path):
         _train(checkpoint=path)
     assert "Free disk space" in caught.value.remedy
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == written
-    assert _same(_train(), _train(checkpoint=path))
+    assert _same(_whole(), _train(checkpoint=path))
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
@@ -261,10 +272,10 @@ def test_damaged_moments_are_taken_again(tmp_path, damage, stop_at):
         with pytest.raises(RunFailed, match=r"stage_one\.moments\.safetensors: holds no readable moments"):
             StageOne.load(path)
     heard = []
-    assert _same(_train(), _train(checkpoint=path, on_progress=heard.append))
+    assert _same(_whole(), _train(checkpoint=path, on_progress=heard.append))
     assert heard[0].stage == "calibrate again"
     assert [progress.step for progress in heard if progress.stage == "stage 1"] == ([4, 5, 6, 7, 8] if stop_at else [])
-    assert _same(_train(), StageOne.load(path)[0])
+    assert _same(_whole(), StageOne.load(path)[0])
     seen = []
     _train(checkpoint=path, on_progress=seen.append)
     assert not seen
@@ -274,8 +285,8 @@ def test_moments_of_an_attempt_that_left_no_state_are_replaced(tmp_path):
     path = tmp_path / "stage_one.safetensors"
     _train(SETTINGS.model_copy(update={"start_tokens": 2048, "steps": 0}), checkpoint=path)
     path.unlink()
-    assert _same(_train(), _train(checkpoint=path))
-    assert _same(_train(), StageOne.load(path)[0])
+    assert _same(_whole(), _train(checkpoint=path))
+    assert _same(_whole(), StageOne.load(path)[0])
 
 
 def test_a_masked_out_harmonizer_is_not_touched():

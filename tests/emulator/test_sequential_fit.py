@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,14 +30,25 @@ FACTS = FullModelFacts("0" * 64)
 BATCHES = 12
 
 
-def owner(name: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BaseModel, StageOne]:
-    """A tiny model whose layers matter, and its stage 1 without a step."""
+def owner(
+    name: str = "llama", dtype: torch.dtype = torch.float32, activation: str = "identity"
+) -> tuple[BaseModel, StageOne]:
+    """A tiny model whose layers matter, and its stage 1 without a step, which nobody changes."""
+    return base_model(name, dtype), stage_one_of(name, dtype, activation)
+
+
+def base_model(name: str, dtype: torch.dtype) -> BaseModel:
+    """The model alone."""
     model = tiny_model(name).requires_grad_(False).to(dtype)
-    values = {"harmonizer_rank": 16, "start_tokens": 2048, "steps": 0, "block_size": 24, "activation": "identity"}
-    settings = StageOneSettings(**{**values, **changes})
-    family = family_of(model.config)
-    base = BaseModel(model, tiny_tokenizer(), family, name, "Apache-2.0")
-    return base, train_stage_one(model, family, STREAM, STREAM.fixed(1), settings)
+    return BaseModel(model, tiny_tokenizer(), family_of(model.config), name, "Apache-2.0")
+
+
+@cache
+def stage_one_of(name: str, dtype: torch.dtype, activation: str) -> StageOne:
+    """Computed once for all tests."""
+    base = base_model(name, dtype)
+    settings = StageOneSettings(harmonizer_rank=16, start_tokens=2048, steps=0, block_size=24, activation=activation)
+    return train_stage_one(base.model, base.family, STREAM, STREAM.fixed(1), settings)
 
 
 def emulator(base: BaseModel, stage_one: StageOne, **changes: Any) -> Artifact:
@@ -208,7 +220,7 @@ def test_later_layers_make_good_for_earlier_ones() -> None:
 @pytest.mark.parametrize("name", list(TINY))
 def test_families_say_rightly_whether_attention_joins_the_stream_as_it_is(name: str) -> None:
     """With an MLP that adds nothing, a constant added to the attention's output is added to the layer's."""
-    base, _ = owner(name)
+    base = base_model(name, torch.float32)
     family, model = base.family, base.model
     layer = family.layers(model)[1]
     last = layer.get_submodule(family.mlp[-1].path)
