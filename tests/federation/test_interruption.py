@@ -162,10 +162,10 @@ def locked(path: Path) -> Iterator[None]:
 @pytest.mark.timeout(900)
 def test_interrupted_twice_a_run_ends_as_if_it_had_not_been(connected_ray: Session, tmp_path: Path) -> None:
     folder = tmp_path / "interrupted"
+    runs = Runs(folder, *[{"settings": SETTINGS}] * 2)
     for happened, number in ((step("stage 1", 20), signal.SIGTERM), (step("tune bob", 20), signal.SIGINT)):
-        runs = Runs(folder, {"settings": SETTINGS})
         second = runs.interrupt_when(happened, number, times=2)
-        runs.end()
+    runs.end()
     # Each goes on where the one before was stopped.
     assert second["first_seen"]["stage 1"] > 15
     third = run_once(folder, {"settings": SETTINGS})
