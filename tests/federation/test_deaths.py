@@ -35,7 +35,7 @@ def runs(folder: Path, *scenarios: dict[str, Any], address: str = "", ends: int 
         [sys.executable, "-m", "tests.federation.scenario", str(folder), json.dumps(scenarios)],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=550,
         check=False,
         cwd=PROJECT,
         env={**environment(), "RAY_ADDRESS": address},
