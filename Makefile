@@ -14,8 +14,8 @@ help:
 	@echo "make clean     remove the virtual environment, the model and build output"
 
 # Tests of runs wait for processes most of the time, so two files at once take little more than half as long. A file stays
-# together, for its fixtures; the order stays too, so that no long file comes last. Training on a real model (slow tests)
-# takes all processors, one test at a time.
+# together, for its fixtures; the order stays too, since by the number of tests the longest files would come last. Training
+# on a real model (slow tests), tests that measure and tests on GPUs have the machine to themselves.
 TWO_FILES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Stamps say what has been installed, so that a second call costs nothing and needs no network.
@@ -48,11 +48,13 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Hundreds of processes start, so the package is compiled once, even where the environment would have it compiled each time.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.dev $(MODEL) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not gpu"
 
-test-all: $(VENV)/.dev $(MODEL) lint types
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m "slow or gpu"
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
