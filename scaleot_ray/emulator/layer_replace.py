@@ -34,7 +34,6 @@ from scaleot_ray.errors import ConfigError, RunFailed
 from scaleot_ray.families import Family, hidden_size, layer_count
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
-
 _FLOAT16_SCALE = 2.0**10
 
 

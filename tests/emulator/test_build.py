@@ -1,7 +1,7 @@
 import copy
 import json
-import re
 import math
+import re
 from functools import cache
 
 import pytest
