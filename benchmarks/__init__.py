@@ -1,1 +1,1 @@
-"""Benchmarks: what the method gains (``quality``) and what it costs (``overhead``). README.md says how to run them."""
+"""Benchmarks: what the method gains (``utility``) and what it costs (``overhead``). README.md says how to run them."""

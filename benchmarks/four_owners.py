@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells.tasks import prepare, public_text, task_named
 from benchmarks.command import exit_code_of
 from benchmarks.environment import environment
 from benchmarks.run_report import committed
+from benchmarks.utility.tasks import prepare, public_text, task_named
 from scaleot_ray.cli.output import console
 from scaleot_ray.cli.run import show_report
 from scaleot_ray.cli.run_table import RunTable

@@ -14,9 +14,8 @@ from benchmarks.command import exit_code_of, portable_command
 from benchmarks.environment import environment, now, use_threads
 from benchmarks.overhead.costs import compare_costs
 from benchmarks.overhead.object_store import compare_object_store
-from benchmarks.overhead.subjects import untrained_emulator, whole_model
+from benchmarks.overhead.subjects import triplet, untrained_emulator, whole_model
 from benchmarks.overhead.trainer import compare_trainers
-from benchmarks.quality.plan import Triplet
 from scaleot_ray.artifacts import Artifact, read_artifact, write_artifact
 from scaleot_ray.config import EmulatorSettings, ModelSettings, TuneSettings
 from scaleot_ray.emulator.assemble import emulator_content
@@ -57,7 +56,7 @@ def _run(given: list[str]) -> int:
         raise ConfigError("--steps: the first step is not timed, so there must be two.", "Give 2 or more.")
     start = time.monotonic()
     threads = use_threads(options.threads)
-    triplet = Triplet.parse(options.settings)
+    settings = triplet(options.settings)
     tune = TuneSettings(steps=options.steps, batch_size=options.batch_size, block_size=options.block_size)
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -66,10 +65,10 @@ def _run(given: list[str]) -> int:
         "command": portable_command("benchmarks.overhead", given, PATHS),
         "date": now(),
         "environment": environment(),
-        "settings": {"triplet": str(triplet), "batch_size": tune.batch_size, "block_size": tune.block_size},
+        "settings": {"triplet": options.settings, "batch_size": tune.batch_size, "block_size": tune.block_size},
     }
     with tempfile.TemporaryDirectory(prefix="scaleot-overhead-") as folder:
-        emulator = _subjects(options.model, triplet, tune.block_size, Path(folder), whole="costs" in parts)
+        emulator = _subjects(options.model, settings, tune.block_size, Path(folder), whole="costs" in parts)
         content = emulator_content(emulator.manifest)
         document["emulator"] = {
             "bytes": emulator.nbytes,
@@ -90,14 +89,13 @@ def _run(given: list[str]) -> int:
     return 0
 
 
-def _subjects(model: str, triplet: Triplet, block_size: int, folder: Path, whole: bool) -> Artifact:
+def _subjects(model: str, settings: EmulatorSettings, block_size: int, folder: Path, whole: bool) -> Artifact:
     """Writes the emulator (and the full model) as artefacts; gives the emulator, and lets the model go."""
     _say("building the emulator")
     base = load_base_model(ModelSettings(path=model, dtype="float32", device="cpu"))
-    settings = EmulatorSettings(plug_in_layers=triplet.plug_in_layers, alpha=triplet.alpha, beta=triplet.beta)
     write_artifact(untrained_emulator(base, settings, block_size), folder / "emulator")
     if whole:
-        write_artifact(whole_model(base, triplet.plug_in_layers), folder / "full")
+        write_artifact(whole_model(base, settings.plug_in_layers), folder / "full")
     return read_artifact(folder / "emulator", expected_kind="emulator")
 
 

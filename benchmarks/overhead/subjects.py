@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 from scaleot_ray.artifacts import Artifact
-from scaleot_ray.config import EmulatorSettings, StageOneSettings
+from scaleot_ray.config import EmulatorSettings, StageOneSettings, parse
 from scaleot_ray.data import TokenBatches, TokenExample
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator
 from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.errors import ConfigError
 from scaleot_ray.families.loading import BaseModel, model_digest
 from scaleot_ray.stages.limits import vocabulary_size
 
@@ -20,6 +21,22 @@ def random_batches(vocabulary: int, batch_size: int, block_size: int, seed: int 
     order = random.Random(seed)
     blocks = [[order.randrange(vocabulary) for _ in range(block_size)] for _ in range(_EXAMPLES)]
     return TokenBatches([TokenExample(block, list(block)) for block in blocks], batch_size, 0, seed)
+
+
+def triplet(text: str) -> EmulatorSettings:
+    """``4,0.5,0.8``, a triplet (N_a, α, β), as settings.
+
+    Raises:
+        ConfigError: it is not three numbers of the right kind, or they are out of range.
+    """
+    try:
+        count, alpha, beta = text.split(",")
+        values = {"plug_in_layers": int(count), "alpha": float(alpha), "beta": float(beta)}
+    except ValueError:
+        raise ConfigError(
+            f"--settings: {text!r} is no triplet.", "Write plug-in layers, alpha and beta, such as 4,0.5,0.8."
+        ) from None
+    return parse(EmulatorSettings, values, "--settings")
 
 
 def untrained_emulator(base: BaseModel, settings: EmulatorSettings, block_size: int) -> Artifact:

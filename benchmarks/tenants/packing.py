@@ -17,8 +17,7 @@ import psutil
 import torch
 
 from benchmarks.overhead.spread import ratios, spread
-from benchmarks.overhead.subjects import untrained_emulator
-from benchmarks.quality.plan import Triplet
+from benchmarks.overhead.subjects import triplet, untrained_emulator
 from benchmarks.tenants.options import tenant_numbers, whole_number
 from benchmarks.tenants.tune_tenants import READY
 from scaleot_ray.artifacts import write_artifact
@@ -65,17 +64,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Builds the emulator in ``folder``, and measures; gives what goes into the JSON."""
-    tenants, triplet = tenant_numbers(options), Triplet.parse(options.settings)
+    tenants, settings = tenant_numbers(options), triplet(options.settings)
     steps = whole_number(options, "steps", 2, "the first step is not timed")
     tune = TuneSettings(method="lora", steps=steps, batch_size=options.batch_size, block_size=options.block_size)
     say("building the emulator")
     return {
         "model": Path(options.model).name,
         "settings": {
-            "triplet": str(triplet),
+            "triplet": options.settings,
             **{key: getattr(tune, key) for key in ("batch_size", "block_size", "steps", "lora_rank")},
         },
-        "emulator": _emulator(options.model, triplet, tune.block_size, folder),
+        "emulator": _emulator(options.model, settings, tune.block_size, folder),
         "packing": compare_packing(folder, tune, tenants, options.repeats, torch.get_num_threads(), say),
     }
 
@@ -110,10 +109,9 @@ def compare_packing(
     return [_compare(emulator, settings, number, repeats, threads, say) for number in tenants]
 
 
-def _emulator(model: str, triplet: Triplet, block_size: int, folder: Path) -> dict[str, Any]:
+def _emulator(model: str, settings: EmulatorSettings, block_size: int, folder: Path) -> dict[str, Any]:
     """Writes the emulator; its process lets the model go, so that those measured have the memory."""
     base = load_base_model(ModelSettings(path=model, dtype="float32", device="cpu"))
-    settings = EmulatorSettings(plug_in_layers=triplet.plug_in_layers, alpha=triplet.alpha, beta=triplet.beta)
     emulator = untrained_emulator(base, settings, block_size)
     write_artifact(emulator, folder, overwrite=True)
     content = emulator_content(emulator.manifest)

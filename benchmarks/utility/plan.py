@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cells.cell import Cell
-from benchmarks.cells.estimate import tokens_per_step
-from benchmarks.cells.runner import CellRunner
-from benchmarks.cells.tasks import Task
+from benchmarks.utility.cell import Cell
+from benchmarks.utility.estimate import tokens_per_step
+from benchmarks.utility.runner import CellRunner
+from benchmarks.utility.tasks import Task
 from scaleot_ray.config import PAPER, EmulatorSettings, StageOneSettings, TuneSettings, override, parse
 from scaleot_ray.errors import ConfigError
 

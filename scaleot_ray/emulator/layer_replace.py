@@ -107,7 +107,7 @@ class _Trainer:
         self.settings, self.checkpoint, self.on_progress = settings, checkpoint, on_progress
         self.parameter = next(model.parameters())
         self.positions = candidate_layers(layer_count(model.config))
-        # Of float16 gradients of a mean over many tokens most would be zero; harmonizers and their gradients are float32.
+        # In float16 most gradients of a mean over many tokens would be zero; those of harmonizers are float32.
         self.loss_scale = _FLOAT16_SCALE if self.parameter.dtype == torch.float16 else 1.0
         self.scores = LayerScores(self.positions, settings.group_size, settings.masked_fraction, settings.seed)
         self.step, self.scored = 0, settings.score_start == "zero"

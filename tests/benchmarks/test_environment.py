@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cells.document import RUN_FILE, code_line, summarise
 from benchmarks.environment import code_revision, environment
-from benchmarks.quality.summary import markdown, order
+from benchmarks.utility.document import RUN_FILE, code_line, summarise
+from benchmarks.utility.summary import markdown
 
 ROWS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 
@@ -29,7 +29,7 @@ def checkout(tmp_path: Path) -> Path:
     if shutil.which("git") is None:
         pytest.skip("there is no git")
     folder = tmp_path / "checkout"
-    for name in ("scaleot_ray/a.py", "benchmarks/cells/b.py", "benchmarks/results/quality.json", "README.md"):
+    for name in ("scaleot_ray/a.py", "benchmarks/utility/b.py", "benchmarks/results/utility.json", "README.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("1\n")
     _git(tmp_path, "init", "--quiet", str(folder))
@@ -43,10 +43,10 @@ def checkout(tmp_path: Path) -> Path:
     [
         (None, False),
         ("README.md", False),
-        ("benchmarks/results/quality.json", False),
+        ("benchmarks/results/utility.json", False),
         ("scaleot_ray/a.py", True),
         ("scaleot_ray/new/c.py", True),
-        ("benchmarks/cells/b.py", True),
+        ("benchmarks/utility/b.py", True),
         ("benchmarks/new/d.py", True),
     ],
 )
@@ -74,7 +74,7 @@ def test_the_environment_has_the_revision_and_no_path() -> None:
 
 def _cell(seed: int, **made: Any) -> dict[str, Any]:
     rows = {row: {"metric": "loss", "counts": [10] * 6, "sums": {"loss": [40.0 + seed] * 6}} for row in ROWS}
-    facts = {"task": "wikitext2", "seed": seed, "variant": "closed_form", "plug_in_layers": 4, "alpha": 0.5, "beta": 0}
+    facts = {"task": "wikitext2", "seed": seed, "label": "defaults", "kind": "text"}
     emulator = {"loss_margin": 0.5, "verbatim_share": 0.5}
     record = {"cell": facts, "of": {}, "settings": {}, "emulator": emulator, "rows": rows, "environment": made}
     return {**record, "delta_bytes": 1, "seconds": {}, "date": "2026-01-01T00:00:00Z", "digest": str(seed)}
@@ -87,7 +87,7 @@ def test_a_summary_says_that_its_cells_are_of_different_code(tmp_path: Path) -> 
     def summary(*made: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         for seed, values in enumerate(made):
             (tmp_path / "cells" / f"{seed}.json").write_text(json.dumps(_cell(seed, **values)))
-        document = summarise(tmp_path, "quality", order)
+        document = summarise(tmp_path)
         assert code_line(document["code"]) in markdown(document)
         return document["code"], code_line(document["code"])
 

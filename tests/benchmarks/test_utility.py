@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from benchmarks.cells.measured import ALL_LAYERS, Measured, describe
-from benchmarks.cells.runner import CellRunner
-from benchmarks.cells.tasks import CHOICES_OF_77, TASKS, prepare, task_named
 from benchmarks.utility.__main__ import main
+from benchmarks.utility.measured import ALL_LAYERS
 from benchmarks.utility.plan import BUDGETS, Point
-from benchmarks.utility.summary import markdown
+from benchmarks.utility.runner import CellRunner
+from benchmarks.utility.tasks import CHOICES_OF_77, TASKS, prepare, task_named
 from scaleot_ray.config import EmulatorSettings, StageOneSettings, TuneSettings
 from scaleot_ray.errors import ConfigError
-from scaleot_ray.evaluation.score import Blocks
+from scaleot_ray.evaluation.table import ROWS
 from tests.benchmarks.tiny_data import write_tiny_data
 
 
@@ -78,12 +75,93 @@ def test_all_layers_are_tuned_once_and_added_to_a_finished_cell(
     assert points["again"]["rows"][ALL_LAYERS]["value"] > points["again"]["rows"]["full_tuned"]["value"]
 
 
+def test_cells_are_computed_once_and_summarised(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ("--label", "plain", "--set", "emulator.builder=uniform_drop", "--set", "emulator.beta=0")
+    assert _run(place, *plain, "--seeds", "0,1") == 0
+    err = capsys.readouterr().err
+    assert "tokens a tuning run" in err
+    assert "[2/2]" in err
+    files = [place / "out" / "cells" / f"arc_easy-seed{seed}-plain.json" for seed in (0, 1)]
+    assert not list((place / "out" / "work").iterdir())
+    uniform = json.loads(files[0].read_text())
+    assert uniform["emulator"]["layers"] == {"dropped": 3, "kept": 3, "plug_in": 2}
+    before = [path.stat().st_mtime_ns for path in files]
+    # A second task in the same folder: its cell is computed, the others are skipped.
+    assert _run(place, *plain, "--tasks", "arc_easy,wikitext2") == 0
+    err = capsys.readouterr().err
+    assert "arc_easy-seed0-plain: finished before" in err
+    assert "wikitext2-seed0-plain: finished in" in err
+    assert before == [path.stat().st_mtime_ns for path in files]
+
+    assert main(["summary", "--output", str(place / "out"), "--json", str(place / "utility.json")]) == 0
+    text = (place / "utility.json").read_text()
+    document = json.loads(text)
+    table = capsys.readouterr().out
+    assert str(place) not in text + table
+    assert any("--model model --data data --output out" in command for command in document["commands"])
+    groups = {(entry["task"], entry["label"]): entry for entry in document["over_seeds"]}
+    assert set(groups["arc_easy", "plain"]["seeds"]) == {"0", "1"}
+    found = groups["arc_easy", "plain"]["measures"]["log_likelihood"]
+    assert set(found["rows"]) == set(ROWS)
+    assert set(found["gain"]["seeds"]) == {"0", "1"}
+    row = found["rows"]["plug_in"]
+    assert row["low"] <= row["value"] <= row["high"]
+    assert groups["wikitext2", "plain"]["metric"] == "loss"
+    assert "| arc_easy | plain | 2 |" in table
+    assert "Log-likelihood of the right answer" in table
+
+
+def test_other_settings_are_computed_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ("--tasks", "sst2", "--label", "other", "--set", "emulator.builder=uniform_drop")
+    # What an interrupted cell left is no obstacle: the cell starts over.
+    (place / "out" / "work" / "sst2-seed0-other" / "delta").mkdir(parents=True)
+    assert _run(place, *chosen, "--set", "tune.steps=2", "--seeds", "0,1") == 0
+    capsys.readouterr()
+    assert _run(place, *chosen, "--set", "tune.steps=3") == 0
+    assert "finished before" not in capsys.readouterr().err
+    path = place / "out" / "cells" / "sst2-seed0-other.json"
+    assert json.loads(path.read_text())["settings"]["tune"]["steps"] == 3
+
+
+def test_cells_of_other_test_rows_have_no_mean(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ("--label", "seeds", "--set", "emulator.builder=uniform_drop", "--seeds", "0,1")
+    assert _run(place, *chosen) == 0
+    assert main(["summary", "--output", str(place / "out")]) == 0
+    path = place / "out" / "cells" / "arc_easy-seed1-seeds.json"
+    record = json.loads(path.read_text())
+    record["of"]["test"] = "of other rows"
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["summary", "--output", str(place / "out")]) == 2
+    assert "different models, data, steps or test rows" in capsys.readouterr().err
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "trivia"), "'trivia'"),
+        (("--seeds", "x"), "--seeds"),
+        (("--label", "../x"), "'../x'"),
+        (("--set", "stage_one.seed=3"), "--set stage_one.seed"),
+        (("--data", "not there"), "arc_easy/test.parquet"),
+        (("--matmul-precision", "medium"), "was computed with highest, not medium"),
+    ],
+)
+def test_wrong_options_are_named(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    (place / "out").mkdir(exist_ok=True)
+    (place / "out" / "run.json").write_text('{"matmul_precision": "highest"}')
+    assert _run(place, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_point_needs_known_keys(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(place, "--set", "tune.stepz=3") == 2
     assert "steps" in capsys.readouterr().err
     assert _run(place, "--set", "stage_two.steps=3") == 2
     assert "stage_two" in capsys.readouterr().err
-    assert _run(place, "--label", "../x") == 2
     with pytest.raises(ConfigError):
         Point("x", "python", BUDGETS["small"], ("stage_one.steps=many",)).sections()
 
@@ -121,33 +199,14 @@ def test_the_paper_recipe_has_no_fit_and_its_own_start() -> None:
     assert sections["emulator"].alpha == 0.25
 
 
-def _rows(plug_in: float) -> dict[str, Measured]:
-    values = {"full_zero_shot": 3.0, "emulator_zero_shot": 4.0, "emulator_tuned": 2.8, "plug_in": plug_in}
-    spread = np.linspace(0.9, 1.1, 40)
-    return {
-        row: Measured("loss", {"loss": Blocks(10 * value * spread, np.full(40, 10), higher_is_better=False)})
-        for row, value in (values | {"full_tuned": 2.5, ALL_LAYERS: 1.0}).items()
-    }
-
-
-def _entry(plug_in: float) -> dict[str, Any]:
-    measures = describe(_rows(plug_in))
-    measures["loss"]["gain"]["seeds"] = {"0": 0.3, "1": None, "2": 0.9}
-    facts = {"task": "t", "label": "l", "kind": "text", "loss_margin": 1.0, "verbatim_share": 0.5}
-    return {**facts, "seeds": {"0": 0, "1": 0, "2": 0}, "measures": measures}
-
-
-def test_a_gain_counts_only_ahead_of_the_tuned_emulator() -> None:
-    found = describe(_rows(2.6))["loss"]
-    assert found["gain"]["ahead"]["value"] == pytest.approx(0.4)
-    assert found["gain"]["ahead"]["low"] == pytest.approx(0.4)  # all rows are of one shape
-    assert found["gain"]["counts"]
-    # Of tuning every layer the same lead is a tenth of the gain.
-    assert found["gain_of_all_layers"]["ahead"]["value"] == pytest.approx(0.1)
-    assert not found["gain_of_all_layers"]["counts"]
-    shown = markdown({"over_seeds": [_entry(2.6)]})
-    assert "| 40 % | 0.80 [0.80, 0.80] | 0.30 to 0.90 | (0.20 [0.20, 0.20]) |" in shown
-    assert "| 10 % | (0.50 [0.50, 0.50]) |" in markdown({"over_seeds": [_entry(2.75)]})
+def test_wikitext_articles_are_not_on_both_sides(tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path / "data")
+    train, test = prepare(TASKS["wikitext2"], data, tmp_path / "work", rows=4, block_size=32)
+    tuned, measured = (
+        [json.loads(line)["text"] for line in Path(part.path).read_text().splitlines()] for part in (train, test)
+    )
+    assert len(tuned) + len(measured) == 9
+    assert not any(article.startswith(beginning) for article in tuned for beginning in measured)
 
 
 def test_banking_rows_hold_their_own_intent_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.cells.cell import Cell
+from benchmarks.utility.cell import Cell
 from scaleot_ray.config import DataSettings, StageOneSettings, TuneSettings
 from scaleot_ray.data import TokenBatches, choice_examples, padding_id, token_examples
 from scaleot_ray.emulator.layer_map import middle_layers, plug_in_positions, replaced_count

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells.measured import MEASURES, Measured, describe, gain_record, mean_over_seeds, score_from
+from benchmarks.utility.measured import MEASURES, Measured, describe, gain_record, mean_over_seeds, score_from
 from scaleot_ray.errors import DataError
 from scaleot_ray.stages.identity import identity
 from scaleot_ray.stages.record import read_record
@@ -18,8 +18,8 @@ RUN_FILE = "run.json"
 Record = dict[str, Any]
 
 
-def read_cells(output: Path, order: Callable[[Record], Any]) -> list[Record]:
-    """All finished cells in ``output``, by ``order`` of their facts, then by seed.
+def read_cells(output: Path) -> list[Record]:
+    """All finished cells in ``output``: by kind of task, task and point, then by seed.
 
     Raises:
         DataError: there is none.
@@ -28,10 +28,10 @@ def read_cells(output: Path, order: Callable[[Record], Any]) -> list[Record]:
     found = [cell for cell in found if cell]
     if not found:
         raise DataError(f"{output}: there is no finished cell.", "Give the --output folder of a benchmark run.")
-    return sorted(found, key=lambda record: (order(record["cell"]), record["cell"]["seed"]))
+    return sorted(found, key=lambda record: [record["cell"][fact] for fact in ("kind", "task", "label", "seed")])
 
 
-def summarise(output: Path, benchmark: str, order: Callable[[Record], Any]) -> Record:
+def summarise(output: Path) -> Record:
     """The document: how the cells were made, by which code, each cell, and the mean over seeds.
 
     The mean over seeds is taken test row by test row; its intervals are over test rows. How much seeds
@@ -40,17 +40,15 @@ def summarise(output: Path, benchmark: str, order: Callable[[Record], Any]) -> R
 
     Args:
         output: folder of the run.
-        benchmark: its name.
-        order: sort key from the facts of a cell (``task``, ``seed`` and what its plan says).
     """
-    records, run = read_cells(output, order), read_record(output / RUN_FILE)
+    records, run = read_cells(output), read_record(output / RUN_FILE)
     environments: list[Record] = []
     for record in records:
         if record["environment"] not in environments:
             environments.append(record["environment"])
     return {
         "schema": SCHEMA,
-        "benchmark": benchmark,
+        "benchmark": "utility",
         "model": run.get("model"),
         "commands": list(run.get("commands", ())),
         "date": max(record["date"] for record in records),
@@ -93,7 +91,8 @@ def _over_seeds(records: Sequence[Record]) -> Record:
     # One folder may hold cells of several models, versions or budgets; a mean over them means nothing.
     if len({identity(made=_without_seed(record)) for record in records}) > 1:
         raise DataError(
-            f"cells of {_name(records[0])} and its other seeds were made by different models, steps or test rows.",
+            f"cells of {_name(records[0])} and its other seeds were made by different models, data, steps or test "
+            "rows.",
             "Run the benchmark again with one budget; cells that fit already are kept.",
         )
     scores = [_scores(record) for record in records]

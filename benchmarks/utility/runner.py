@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells.cell import Cell
-from benchmarks.cells.estimate import budget_lines, task_tokens
-from benchmarks.cells.measured import ALL_LAYERS, score_record
-from benchmarks.cells.tasks import Task, prepare, public_text, task_named
 from benchmarks.environment import environment, now
+from benchmarks.utility.cell import Cell
+from benchmarks.utility.estimate import budget_lines, task_tokens
+from benchmarks.utility.measured import ALL_LAYERS, score_record
+from benchmarks.utility.tasks import Task, prepare, public_text, task_named
 from scaleot_ray import __version__
 from scaleot_ray.artifacts import Artifact, read_artifact
 from scaleot_ray.cli.bars import ProgressBars, clock
@@ -154,7 +154,7 @@ class CellRunner:
         shutil.rmtree(work, ignore_errors=True)
         return {
             "cell": {"task": cell.task, "seed": cell.seed, **cell.facts},
-            "of": self.identity | {"public": self.public(cell.public)[1]},
+            "of": self.identity | {"public": self.public(cell.public)[1]} | self._digests(cell),
             "settings": {
                 "stage_one": cell.stage_one.model_dump(mode="json") if cell.trains_harmonizers else None,
                 "emulator": cell.emulator.model_dump(mode="json"),
@@ -196,9 +196,7 @@ class CellRunner:
 
     def _all_layers_tuned(self, cell: Cell, on_progress: OnProgress) -> dict[str, Any]:
         """Score of the full model with every decoder layer tuned, on the same batches and for as many steps."""
-        task = self._rows(cell)
-        digests = {"train": data_digest(task.train, "train"), "test": data_digest(task.test, "test")}
-        which = identity(**self.identity, **digests, tune=cell.tune)
+        which = identity(**self.identity, **self._digests(cell), tune=cell.tune)
         path = self.output / "full" / f"{cell.task}-{cell.test_rows}-all-{which[:12]}.json"
         record = read_record(path)
         if not record:
@@ -259,16 +257,18 @@ class CellRunner:
     def _rows(self, cell: Cell) -> TaskData:
         return self.task(task_named(cell.task), cell.test_rows)
 
-    def _digest(self, cell: Cell) -> str:
+    def _digests(self, cell: Cell) -> dict[str, str]:
         task = self._rows(cell)
+        return {"train": data_digest(task.train, "train"), "test": data_digest(task.test, "test")}
+
+    def _digest(self, cell: Cell) -> str:
         return identity(
             **self.identity,
+            **self._digests(cell),
             public=self.public(cell.public)[1],
             seed=cell.seed,
             stage_one=cell.stage_one,
             emulator=cell.emulator,
-            train=data_digest(task.train, "train"),
-            test=data_digest(task.test, "test"),
             tune=cell.tune.model_dump(mode="json", exclude={"checkpoint_every"}),
             limit=cell.test_rows,
         )
