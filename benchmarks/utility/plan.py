@@ -22,9 +22,9 @@ class Budget:
     """Compute of one point.
 
     Attributes:
-        stage_one_tokens: public tokens of the harmonizer steps of stage 1.
+        stage_one_tokens: tokens, public and generated, of the harmonizer steps of stage 1.
         generated_tokens: tokens that the model generates for stage 1 and the fit.
-        fit_tokens: public tokens that the finished emulator is fitted on.
+        fit_tokens: tokens, public and generated, that the finished emulator is fitted on.
         tuning_tokens: private tokens of one tuning run, padding included.
         test_share: share of each task's test rows that is measured.
     """

@@ -76,7 +76,8 @@ def _learnt(content: EmulatorContent) -> str | None:
     if content.compression is not None:
         parts.append(f"Rank compression: `{content.compression}`.")
     if content.fit_tokens:
-        parts.append(f"Fitted in order of depth on {content.fit_tokens:,} tokens.")
+        steps = f", with {content.fit_steps} gradient steps for each layer's attention" if content.fit_steps else ""
+        parts.append(f"Fitted in order of depth on {content.fit_tokens:,} tokens{steps}.")
     return " ".join(parts) or None
 
 

@@ -99,6 +99,7 @@ def _emulator(manifest: Manifest, content: EmulatorContent) -> dict[str, Any]:
         "builder": content.builder,
         "compression": content.compression,
         "fit_tokens": content.fit_tokens,
+        "fit_steps": content.fit_steps,
         "stage_one": content.stage_one.model_dump() if content.stage_one else None,
         "harmonizer": content.harmonizer.model_dump() if content.harmonizer else None,
         "layer_map": content.layer_map,

@@ -116,8 +116,9 @@ class EmulatorContent(_Checked):
         compression: what kept layers' attention is cut in rank by, ``activation_aware`` or ``svd``; None
             where nothing is cut.
         stage_one: None where the builder needs no stage 1.
-        fit_tokens: public tokens that the finished emulator was fitted on in order of depth; 0 where it was not.
-            Manifests of before have none of the three.
+        fit_tokens: tokens, of public and generated text, that the finished emulator was fitted on in order of depth; 0
+            where it was not. ``fit_steps``: gradient steps of that fit for each kept layer's attention.
+            Manifests of before have none of the four.
     """
 
     plug_in_layers: Annotated[int, Field(ge=1)]
@@ -137,6 +138,7 @@ class EmulatorContent(_Checked):
     compression: Word | None = None
     stage_one: StageOneSpec | None = None
     fit_tokens: Annotated[int, Field(ge=0)] = 0
+    fit_steps: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("full_loss", "emulator_loss", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ class StageOneSettings(Settings):
         "closed_form", description="closed_form: reduced-rank ridge regression; random: the paper's start"
     )
     start_tokens: int = Field(
-        16384, ge=1, description="public tokens of the closed-form start and of activation-aware compression"
+        16384, ge=1, description="tokens of the closed-form start and of activation-aware compression"
     )
     generated_tokens: int = Field(
         32768,
@@ -94,7 +94,7 @@ class EmulatorSettings(Settings):
     fit_tokens: int = Field(
         65536,
         ge=0,
-        description="public tokens on which harmonizers and compressed attention are fitted once more, in order of "
+        description="tokens on which harmonizers and compressed attention are fitted once more, in order of "
         "depth, each on what the emulator itself passes on; 0: not at all, as in the paper",
     )
     fit_steps: int = Field(

@@ -117,7 +117,8 @@ def build_emulator(
         if score is None or fitted is None or fitted.value < score.value:
             score = fitted
             tensors |= fit.tensors()
-            content = content.model_copy(update={"fit_tokens": settings.fit_tokens})
+            steps = settings.fit_steps if settings.beta > 0 else 0
+            content = content.model_copy(update={"fit_tokens": settings.fit_tokens, "fit_steps": steps})
     if score is not None:
         content = content.model_copy(update={"emulator_loss": score.value})
     artifact = Artifact.create(

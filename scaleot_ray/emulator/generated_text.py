@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from transformers import DynamicCache
 
 from scaleot_ray.errors import RunFailed
+from scaleot_ray.families.head import HeadPositions
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
 BATCH = 128
@@ -118,17 +119,24 @@ def _sample(
     cache = DynamicCache(config=model.config)
     parts, latest = [prompt], prompt
     unreported = prompt.numel()  # openings come for nothing: counted before any work they would make a wild rate
-    for _ in range(length - prompt.shape[1]):
-        logits = model(input_ids=latest, past_key_values=cache, use_cache=True).logits[:, -1]
-        chances = logits.float().softmax(-1)
-        if not torch.isfinite(chances).all():
-            raise RunFailed(
-                "The model's output for text of its own is not finite.",
-                "Set model.dtype to float32 and check the model's weights.",
-            )
-        latest = torch.multinomial(chances, 1, generator=generator)
-        parts.append(latest)
-        unreported += len(latest)
-        meter.advance(unreported, tokens=unreported)
-        unreported = 0
+    head = HeadPositions(model)  # logits of a whole opening would take more memory than all the rest
+    try:
+        for _ in range(length - prompt.shape[1]):
+            count, time = latest.shape
+            last = torch.arange(1, count + 1, device=latest.device) * time - 1
+            with head.at(last):
+                logits = model(input_ids=latest, past_key_values=cache, use_cache=True).logits[0]
+            chances = logits.float().softmax(-1)
+            if not torch.isfinite(chances).all():
+                raise RunFailed(
+                    "The model's output for text of its own is not finite.",
+                    "Set model.dtype to float32 and check the model's weights.",
+                )
+            latest = torch.multinomial(chances, 1, generator=generator)
+            parts.append(latest)
+            unreported += len(latest)
+            meter.advance(unreported, tokens=unreported)
+            unreported = 0
+    finally:
+        head.close()
     return torch.cat(parts, dim=1).cpu()

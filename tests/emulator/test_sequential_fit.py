@@ -263,7 +263,9 @@ def test_build_fits_and_says_so() -> None:
     fitted, _ = build_emulator(base, stage_one, settings, FACTS, (), iter(batches()))
     assert emulator_content(plain.manifest).fit_tokens == 0
     assert emulator_content(fitted.manifest).fit_tokens == 4000
-    assert "Fitted in order of depth on 4,000 tokens." in fitted.files["README.md"].decode()
+    assert emulator_content(fitted.manifest).fit_steps == settings.fit_steps
+    said = f"Fitted in order of depth on 4,000 tokens, with {settings.fit_steps} gradient steps for each layer's"
+    assert said in fitted.files["README.md"].decode()
     assert stream_error(base, assemble(fitted)) < 0.99 * stream_error(base, assemble(plain))
     off = build_emulator(base, stage_one, settings.model_copy(update={"fit_tokens": 0}), FACTS, (), iter(batches()))[0]
     assert off.digest == plain.digest
