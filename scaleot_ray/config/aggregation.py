@@ -29,7 +29,10 @@ class AggregationSettings(Settings):
     rank: int | None = Field(None, ge=1, description="svd: rank of the result; default: the largest that was sent")
     density: Number = Field(0.2, gt=0, le=1, description="ties, dare: share of every delta's values that counts")
     clip_norm: Number | None = Field(
-        None, gt=0, description="longest norm a delta may count with; a longer one is shortened to it"
+        None,
+        gt=0,
+        description="longest norm a delta may count with; a longer one is shortened to it. Not for a mean of low-rank "
+        "factors, and not for tune.method=bottleneck",
     )
     seed: int = Field(0, description="dare: which values are dropped")
     server: Literal["none", "momentum", "adam"] = Field(

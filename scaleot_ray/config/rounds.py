@@ -11,7 +11,10 @@ class RoundSettings(Settings):
     """Rounds: each begins with what all data owners learned in the round before."""
 
     count: int = Field(
-        1, ge=1, description="rounds; more than one needs aggregation, since each begins with the aggregate so far"
+        1,
+        ge=1,
+        description="rounds; more than one needs aggregation, since each begins with the aggregate so far. Each goes "
+        "on in a data owner's rows where the one before ended",
     )
     quorum: int | None = Field(
         None, ge=1, description="fewest deltas with which a round succeeds; default: one of every admitted data owner"

@@ -47,6 +47,7 @@ class TokenBatches:
         shuffle: False keeps the order of the examples.
         shuffle_buffer: examples held in memory.
         vocab_size: tokens the model knows; ids beyond are refused.
+        passed: batches that have been gone through before, in earlier rounds; it begins behind them.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class TokenBatches:
         shuffle: bool = True,
         shuffle_buffer: int = 10_000,
         vocab_size: int | None = None,
+        passed: int = 0,
     ) -> None:
+        self.passed = passed
         self.batch_size, self.pad_id, self.seed, self.vocab_size = batch_size, pad_id, seed, vocab_size
         self._examples, self._shuffle, self._buffer = examples, shuffle, shuffle_buffer
         self._held: list[_Packed] | None = None
@@ -73,7 +76,7 @@ class TokenBatches:
             DataError: while iterating: the examples cannot be made, there is none, or a token id is
                 beyond the vocabulary.
         """
-        stream = itertools.islice(self._stream(), start * self.batch_size, None)
+        stream = itertools.islice(self._stream(), (self.passed + start) * self.batch_size, None)
         while True:
             yield _side_by_side(list(itertools.islice(stream, self.batch_size)), self.pad_id)
 
@@ -84,7 +87,7 @@ class TokenBatches:
             DataError: as :meth:`batches` does.
         """
         held, source = self._begin()
-        more = sum(1 for _ in itertools.islice(source, batches * self.batch_size))
+        more = sum(1 for _ in itertools.islice(source, (self.passed + batches) * self.batch_size))
         if not more and next(source, None) is None:
             self._held = held
 

@@ -28,7 +28,7 @@ from scaleot_ray.stages.plug import check_same_model, check_same_tokenizer
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import BATCH_SIZE, AnyScore, TestRows, score_from_record, score_record
 from scaleot_ray.stages.tune_layers import tune_layers
-from scaleot_ray.tuning import from_artifact
+from scaleot_ray.tuning import Delta, from_artifact
 
 INPUTS = {
     "full_zero_shot": ("base",),
@@ -53,6 +53,7 @@ def evaluate_rows(
     train: DataSettings | None = None,
     validation: DataSettings | None = None,
     tune: TuneSettings | None = None,
+    rounds: int = 1,
     evaluate_examples: int | None = None,
     batch_size: int = BATCH_SIZE,
     block_size: int = 128,
@@ -73,6 +74,7 @@ def evaluate_rows(
         delta: for ``emulator_tuned`` and ``plug_in``.
         aggregate: for the row of that name: the delta that all data owners have in common.
         train, tune: for ``full_tuned``: the same layers, steps and batches on the full model.
+        rounds: for ``full_tuned``: how often ``tune`` was done, each time with the delta before and the next batches.
         validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
         evaluate_examples: at most so many test rows or blocks, and so many validation rows or blocks.
         batch_size: sequences per forward pass.
@@ -103,6 +105,7 @@ def evaluate_rows(
         train,
         validation,
         tune,
+        rounds,
         evaluate_examples,
         batch_size,
         block_size,
@@ -135,6 +138,7 @@ class _Evaluation:
     train: DataSettings | None
     validation: DataSettings | None
     tune: TuneSettings | None
+    rounds: int
     limit: int | None
     batch_size: int
     block_size: int
@@ -172,6 +176,9 @@ class _Evaluation:
         score = methods[row](row, on_progress, key)
         if path is not None:
             write_record(path, {"key": key, **score_record(score)})
+            if row == "full_tuned":  # only now; and those of other settings with them
+                for checkpoint in path.parent.glob("full_tuned-*.safetensors"):
+                    checkpoint.unlink(missing_ok=True)
         return score
 
     def _zero_shot(self, row: str, on_progress: OnProgress | None, key: str | None) -> AnyScore:
@@ -190,26 +197,33 @@ class _Evaluation:
         assert settings is not None
         assert self.emulator is not None
         assert self.train is not None
-        checkpoint = self.folder / f"{row}-{key[:16]}.safetensors" if self.folder is not None and key else None
-        delta = tune_layers(
-            base.model,
-            base.family,
-            emulator_content(self.emulator.manifest).plug_in_positions,
-            base.tokenizer,
-            self.train,
-            self.validation,
-            settings,
-            self.limit,
-            f"tune full {self.name}",
-            checkpoint,
-            True,
-            on_progress,
-        ).delta
+        delta: Delta | None = None
+        for number in range(1, self.rounds + 1):
+            delta = tune_layers(
+                base.model,
+                base.family,
+                emulator_content(self.emulator.manifest).plug_in_positions,
+                base.tokenizer,
+                self.train,
+                self.validation,
+                settings,
+                self.limit,
+                f"tune full {self.name}",
+                self._checkpoint(key, number),
+                True,
+                on_progress,
+                delta,
+                (number - 1) * settings.steps,
+            ).delta
+        assert delta is not None
         with plug(base.model, base.family, delta):
-            score = self._score(base.model, row, on_progress)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return score
+            return self._score(base.model, row, on_progress)
+
+    def _checkpoint(self, key: str | None, number: int) -> Path | None:
+        """Of ``full_tuned``, one for each round: after a kill those that are done are only read."""
+        if self.folder is None or key is None:
+            return None
+        return self.folder / f"full_tuned-{key[:16]}-{number}.safetensors"
 
     def _score(self, model: Any, row: str, on_progress: OnProgress | None) -> AnyScore:
         check_block_size(model.config, self.block_size, "block_size")
@@ -230,6 +244,10 @@ class _Evaluation:
         too_long = self.tune.too_long if self.tune is not None else "error"
         with dataset_key("test"):
             return TestRows(self.test, tokenizer, self.block_size, self.limit, too_long, self.batch_size)
+
+    @cached_property
+    def _test_digest(self) -> str:
+        return data_digest(self.test, "test")
 
     def _model(self, row: str) -> Any:
         if row.startswith("emulator"):
@@ -255,9 +273,10 @@ class _Evaluation:
         return identity(
             version=__version__,
             row=row,
-            test=data_digest(self.test, "test"),
+            test=self._test_digest,
             limit=self.limit,
             block_size=self.block_size,
             too_long=self.tune.too_long if self.tune is not None else "error",
             inputs={name: digests[name](getattr(self, name)) for name in INPUTS[row]} | validation,
+            **({"rounds": self.rounds} if row == "full_tuned" and self.rounds > 1 else {}),
         )

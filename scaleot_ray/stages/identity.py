@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scaleot_ray.data.sources import find_sources
 
 KEY_FILE = "data.key"
 
-_BLOCK = 1 << 20
+_BLOCK, _KEY_BYTES = 1 << 20, 32
 
 
 def identity(**parts: Any) -> str:
@@ -57,14 +58,26 @@ def keyed_digest(settings: DataSettings, folder: Path) -> str:
     Raises:
         DataError: as :func:`data_digest`.
     """
-    path = folder / KEY_FILE
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.touch(0o600)
-        temporary.write_bytes(secrets.token_bytes(32))
-        os.replace(temporary, path)
-    return hmac.new(path.read_bytes(), data_digest(settings, "train").encode(), hashlib.sha256).hexdigest()
+    return hmac.new(_key(folder / KEY_FILE), data_digest(settings, "train").encode(), hashlib.sha256).hexdigest()
+
+
+def _key(path: Path) -> bytes:
+    """The key in a file, which is made where there is none; a damaged one, which would hide nothing, is made anew."""
+    with suppress(FileNotFoundError):
+        if len(key := path.read_bytes()) == _KEY_BYTES:
+            return key
+        path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(_KEY_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    with suppress(FileExistsError):  # of two processes at once, the first one's counts
+        os.link(temporary, path)
+    temporary.unlink()
+    return path.read_bytes()
 
 
 def _add(digest: Any, path: Path) -> None:

@@ -68,6 +68,7 @@ class TuneRequest:
         tune: method, steps, rates.
         output: the data owner's folder.
         start: delta of an earlier round to begin with; what comes out includes it. Default: the emulator as it is.
+        earlier_steps: optimizer steps of earlier rounds, whose batches are passed over.
         test: held-out rows for the two metrics ``emulator_zero_shot`` and ``emulator_tuned``. Nothing
             about tuning depends on them.
         validation: rows for ``tune.evaluate_every``; default: ``tune.validation_fraction`` of ``train``.
@@ -90,6 +91,7 @@ class TuneRequest:
     overwrite: bool = False
     resume: bool = True
     audit: AuditLog | None = None
+    earlier_steps: int = 0
 
 
 def tune_emulator(
@@ -107,6 +109,7 @@ def tune_emulator(
     overwrite: bool = False,
     resume: bool = True,
     audit: AuditLog | None = None,
+    earlier_steps: int = 0,
     on_progress: OnProgress | None = None,
 ) -> TuneResult:
     """Tunes the plug-in layers of an emulator; the artefact and the package are all it needs.
@@ -119,7 +122,8 @@ def tune_emulator(
         train: private rows to tune on.
         tune: method, steps, rates.
         output: the data owner's folder.
-        start, name, test, validation, evaluate_examples, overwrite, resume, audit: as in :class:`TuneRequest`.
+        start, name, test, validation, evaluate_examples, overwrite, resume, audit, earlier_steps: as in
+            :class:`TuneRequest`.
         device: where to compute.
         on_progress: hears of ``tune NAME``, ``emulator zero shot NAME`` and ``emulator tuned NAME``.
 
@@ -131,7 +135,8 @@ def tune_emulator(
         ArtifactRefused: with ``audit``: delta or metrics are not what may leave; they are not written.
     """
     request = TuneRequest(
-        name, train, tune, output, start, test, validation, evaluate_examples, overwrite, resume, audit
+        *(name, train, tune, output, start, test, validation, evaluate_examples, overwrite, resume, audit),
+        earlier_steps,
     )
     tuning = OwnersTuning(emulator, request, on_progress)
     if (finished := tuning.finished()) is not None:
@@ -153,6 +158,7 @@ def tune_emulator(
         resume,
         on_progress,
         tuning.start,
+        earlier_steps,
     )
     return tuning.result(model, tuned)
 
@@ -286,6 +292,7 @@ def _key(emulator: Artifact, request: TuneRequest) -> str:
         evaluate_examples=request.evaluate_examples,
         **({"validation": data_digest(validation, "validation")} if validation is not None else {}),
         **({"start": start.digest} if start is not None else {}),
+        **({"earlier_steps": request.earlier_steps} if request.earlier_steps else {}),
     )
 
 

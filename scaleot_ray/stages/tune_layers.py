@@ -31,13 +31,15 @@ def tune_layers(
     resume: bool,
     on_progress: OnProgress | None,
     start: Delta | None = None,
+    earlier_steps: int = 0,
 ) -> Tuned:
     """Tunes the layers at ``positions`` of an emulator or of a full model, on the same batches.
 
     Where ``settings`` ask for evaluations, they are made on ``validation``, or without it on rows of
-    ``train`` that are then not trained on.
+    ``train`` that are then not trained on. Batches of ``earlier_steps``, those of earlier rounds, are passed over:
+    rounds go through the rows one after the other, not each from the beginning.
     """
-    batches, evaluate = tuning_rows(model, tokenizer, train, validation, settings, evaluate_examples)
+    batches, evaluate = tuning_rows(model, tokenizer, train, validation, settings, evaluate_examples, earlier_steps)
     return tune(
         model,
         family,
@@ -60,6 +62,7 @@ def tuning_rows(
     validation: DataSettings | None,
     settings: TuneSettings,
     evaluate_examples: int | None,
+    earlier_steps: int = 0,
 ) -> tuple[TokenBatches, Callable[[], float] | None]:
     """Batches to tune on, and what evaluates ``model`` where ``settings`` ask for it; rows as :func:`tune_layers`.
 
@@ -79,7 +82,12 @@ def tuning_rows(
     with dataset_key("train"):
         examples = token_examples(train, tokenizer, block_size, too_long, hold_out.training if hold_out else None)
     batches = TokenBatches(
-        examples, settings.batch_size, padding_id(tokenizer), settings.seed, vocab_size=vocabulary_size(model)
+        examples,
+        settings.batch_size,
+        padding_id(tokenizer),
+        settings.seed,
+        vocab_size=vocabulary_size(model),
+        passed=earlier_steps * settings.accumulate,
     )
     with dataset_key("train"):
         batches.prepare(settings.steps * settings.accumulate)

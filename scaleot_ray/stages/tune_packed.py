@@ -87,7 +87,13 @@ def _tenant(tuning: OwnersTuning, model: Any, tokenizer: Any, on_progress: OnPro
     request = tuning.request
     tuning.measure(model, tokenizer)
     batches, evaluate = tuning_rows(
-        model, tokenizer, request.train, request.validation, request.tune, request.evaluate_examples
+        model,
+        tokenizer,
+        request.train,
+        request.validation,
+        request.tune,
+        request.evaluate_examples,
+        request.earlier_steps,
     )
     return PackedTenant(
         request.name,

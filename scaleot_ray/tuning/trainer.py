@@ -189,7 +189,8 @@ def training_mode(model: Any, device: torch.device, recompute: bool) -> Iterator
     """
     was_training = model.training
     context = gradient_checkpointing(model) if recompute else nullcontext()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), context:
+    # torch.manual_seed seeds every GPU, whichever is computed on.
+    with torch.random.fork_rng(range(torch.cuda.device_count())), context:
         model.train()
         try:
             yield

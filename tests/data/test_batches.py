@@ -75,6 +75,15 @@ def test_reproducible_and_resumable_anywhere(buffer: int, shuffle: bool) -> None
 
 
 @pytest.mark.parametrize("buffer", BUFFERS)
+def test_batches_of_earlier_rounds_are_passed_over(buffer: int) -> None:
+    expected = first(TokenBatches(Counted(10), 4, 0, 3, shuffle_buffer=buffer), 9)
+    later = TokenBatches(Counted(10), 4, 0, 3, shuffle_buffer=buffer, passed=4)
+    later.prepare(2)
+    assert same(first(later, 5), expected[4:])
+    assert same(first(later, 3, 2), expected[6:])
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
 def test_every_epoch_has_each_example_once_in_its_own_order(buffer: int) -> None:
     seen = numbers(first(TokenBatches(Counted(10), 5, 0, seed=0, shuffle_buffer=buffer), 6))
     epochs = [seen[start : start + 10] for start in range(0, 30, 10)]

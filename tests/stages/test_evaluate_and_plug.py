@@ -171,6 +171,27 @@ def test_the_full_model_is_tuned_with_the_same_validation_rows(built: Built, del
     assert kept.value("full_tuned") != other.value("full_tuned")
 
 
+def test_after_several_rounds_the_full_model_is_tuned_as_often(
+    built: Built, delta: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {**everything(built, delta), "rows": ("full_tuned",), "rounds": 2}
+    tune_layers, calls = evaluate_stage.tune_layers, list[tuple[Any, int]]()
+
+    def watched(*arguments: Any) -> Any:
+        calls.append(arguments[-2:])
+        return tune_layers(*arguments)
+
+    monkeypatch.setattr(evaluate_stage, "tune_layers", watched)
+    score = table(built, folder=tmp_path, **inputs).value("full_tuned")
+    (nothing, begin), (first, steps) = calls
+    assert (nothing, begin, steps) == (None, 0, built.settings.tune.steps)
+    assert first is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["full_tuned.json"]  # checkpoints go when the row is there
+    once = table(built, folder=tmp_path, **{**inputs, "rounds": 1}).value("full_tuned")
+    assert score != once
+    assert score < once  # type: ignore[operator]
+
+
 def test_an_unknown_row_is_refused(built: Built) -> None:
     with pytest.raises(ConfigError, match="'best' is no row"):
         table(built, rows=("best",), base=built.base)

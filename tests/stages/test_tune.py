@@ -62,6 +62,20 @@ def test_a_later_round_begins_with_an_earlier_ones_delta(built: Built, tmp_path:
         tuned(built, tmp_path / "second")
 
 
+def test_a_later_round_reads_the_rows_that_follow(built: Built, tmp_path: Path) -> None:
+    def losses(name: str, steps: int, earlier: int = 0) -> list[float]:
+        told: list[Progress] = []
+        # So small a rate changes nothing: a loss then says which rows it is of.
+        tune = built.settings.tune.model_copy(update={"steps": steps, "learning_rate": 1e-12})
+        tuned(built, tmp_path / name, tune=tune, earlier_steps=earlier, on_progress=told.append)
+        return [one.loss for one in told if one.stage == "tune alice" and one.loss is not None]
+
+    whole = losses("whole", 6)
+    assert losses("first", 3) == pytest.approx(whole[:3], abs=1e-5)
+    assert losses("second", 3, earlier=3) == pytest.approx(whole[3:], abs=1e-5)
+    assert whole[3:] != pytest.approx(whole[:3], abs=1e-3)
+
+
 def test_a_finished_tuning_that_may_not_leave_is_refused(built: Built, tmp_path: Path) -> None:
     audit = AuditLog(tmp_path / "audit.jsonl")
     delta = tuned(built, tmp_path / "out", audit=audit).delta

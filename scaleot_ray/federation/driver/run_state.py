@@ -127,7 +127,7 @@ class RunState:
     def part(self, tenant: Tenant, output: Path) -> Part:
         """A data owner's part of the run, for an actor that works in ``output``."""
         tune = self.settings.tune_of(tenant.settings)
-        return Part(tenant.settings, tune, self.settings.evaluate_examples, str(output))
+        return Part(tenant.settings, tune, self.settings.evaluate_examples, str(output), self.settings.rounds.count)
 
     def tell(self, tenant: Tenant, state: State, number: int | None = None, reason: str = "") -> None:
         """Says what a data owner is about from now on, in the round of that number."""

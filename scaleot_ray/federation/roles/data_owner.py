@@ -35,12 +35,14 @@ class Part:
         tune: how it tunes (the run's section with its own keys).
         evaluate_examples: at most so many test rows, and so many validation rows.
         output: its own folder.
+        rounds: how many there are, for who compares with tuning the full model.
     """
 
     tenant: TenantSettings
     tune: TuneSettings
     evaluate_examples: int | None
     output: str
+    rounds: int = 1
 
 
 @ray.remote
@@ -84,6 +86,7 @@ class DataOwner(Role):
             device="auto",
             evaluate_examples=part.evaluate_examples,
             overwrite=True,
+            earlier_steps=_earlier_steps(part, number),
             on_progress=self.reporter(number),
         )
         _submit(self, part, artifact, result, number, token)
@@ -160,7 +163,13 @@ class PackedDataOwners(Role):
             validation=part.tenant.validation,
             evaluate_examples=part.evaluate_examples,
             overwrite=True,
+            earlier_steps=_earlier_steps(part, number),
         )
+
+
+def _earlier_steps(part: Part, number: int) -> int:
+    """Steps before round ``number``, of rounds that the data owner missed too: each round reads rows further on."""
+    return (number - 1) * part.tune.steps
 
 
 def _submit(role: Role, part: Part, emulator: Artifact, result: TuneResult, number: int, token: str) -> None:

@@ -74,6 +74,7 @@ class Evaluator(Role):
             train=tenant.train,
             validation=tenant.validation,
             tune=part.tune,
+            rounds=part.rounds,
             evaluate_examples=part.evaluate_examples,
             block_size=part.tune.block_size,
             folder=Path(part.output),

@@ -111,6 +111,12 @@ def check_fits_tuning(settings: AggregationSettings, method: str) -> None:
             "shorter update.",
             "Set aggregation.method to svd or concat, or leave clip_norm out.",
         )
+    if method == "bottleneck" and settings.clip_norm is not None:
+        raise ConfigError(
+            "aggregation.clip_norm: bottleneck modules cannot be clipped, since what they do is no multiple of their "
+            "weights.",
+            "Set rounds.max_norm, which refuses what is too long, or tune.method to layers or lora.",
+        )
     if settings.method not in FITS[method]:
         raise ConfigError(
             f"aggregation.method: {settings.method} is not right for deltas of tune.method={method}.",

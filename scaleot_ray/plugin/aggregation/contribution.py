@@ -20,8 +20,9 @@ from scaleot_ray.tuning.lora import alpha_of, rank_of
 PIECE = 1 << 20
 """Values read at a time from one delta, where one is read after the other."""
 
-# Tensors whose multiple is that multiple of the whole change: of two maps in a row, the second.
-_SCALED = {"layers": ("",), "lora": (".lora_B",), "bottleneck": (".up.weight", ".up.bias")}
+# Tensors whose multiple is that multiple of the whole change: of two matrices in a row, the second. Of two maps with
+# a bend between them none is, and clipping is refused (check_fits_tuning).
+_SCALED = {"layers": ("",), "lora": (".lora_B",)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Contribution:
 
     def pieces(self, name: str, values: int = PIECE) -> Iterator[torch.Tensor]:
         """Changes of one tensor's values since the start, shortened; see :meth:`StoredArtifact.pieces`."""
-        shorter = self.factor != 1 and name.endswith(_SCALED[self.content.method])
+        shorter = self.factor != 1 and name.endswith(_SCALED.get(self.content.method, ()))
         before = self.start.pieces(name, values) if self.start is not None else None
         for piece in self.stored.pieces(name, values):
             if before is not None:
@@ -72,15 +73,13 @@ class Contribution:
     def norm(self) -> float:
         """Length of the change since the start: the square root of the sum of all its values' squares.
 
-        ``lora``: of the products (alpha / rank) · B·A, which is what changes; ``bottleneck``: of the
-        second map, which starts at zero.
+        ``lora``: of the products (alpha / rank) · B·A, which is what changes; ``bottleneck``: of both maps, since a
+        huge first one would carry a mean of maps however small its second one is.
         """
         if self.content.method == "lora":
             return math.sqrt(sum(self._squared_product(module) for module in self.modules()))
         total = 0.0
         for name in self.stored.manifest.tensors:
-            if not name.endswith(_SCALED[self.content.method]):
-                continue
             for piece in self.pieces(name):
                 total += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
         return math.sqrt(total)

@@ -24,7 +24,7 @@ def two(folder: Path, first: torch.Tensor, second: torch.Tensor) -> list[tuple[s
     ]
 
 
-@pytest.mark.parametrize("method", ["layers", "lora", "bottleneck"])
+@pytest.mark.parametrize("method", ["layers", "lora"])
 def test_clipping_shortens_the_change_itself(tmp_path: Path, method: str) -> None:
     given, deltas = random_deltas(tmp_path, method, 2)
     parts = {part.name: part for part in contributions(given)}
@@ -32,12 +32,20 @@ def test_clipping_shortens_the_change_itself(tmp_path: Path, method: str) -> Non
     if method == "lora":
         expected = sum(update.square().sum() for update in updates(deltas[0]).values()) ** 0.5
     else:
-        named = {"layers": "", "bottleneck": ".up."}[method]
-        expected = sum(t.double().square().sum() for n, t in deltas[0].tensors.items() if named in n) ** 0.5
+        expected = sum(tensor.double().square().sum() for tensor in deltas[0].tensors.values()) ** 0.5
     assert norm == pytest.approx(float(expected), rel=1e-6)
     shorter = {part.name: part for part in clipped(contributions(given), norm / 2)}
     assert shorter["owner-0"].factor == pytest.approx(0.5)
     assert shorter["owner-0"].norm() == pytest.approx(norm / 2, rel=1e-6)
+
+
+def test_a_bottlenecks_norm_counts_both_maps_and_is_not_clipped(tmp_path: Path) -> None:
+    given, deltas = random_deltas(tmp_path, "bottleneck", 2)
+    (norm,) = (part.norm() for part in contributions(given) if part.name == "owner-0")
+    assert norm == pytest.approx(sum(t.double().square().sum() for t in deltas[0].tensors.values()) ** 0.5)
+    with pytest.raises(ConfigError, match="bottleneck modules cannot be clipped") as caught:
+        aggregate(given, AggregationSettings(clip_norm=1.0))
+    assert "rounds.max_norm" in caught.value.remedy
 
 
 def test_the_loudest_counts_no_more_than_clip_norm(tmp_path: Path) -> None:
