@@ -36,7 +36,7 @@ class TuneSettings(Settings):
     max_grad_norm: Number = Field(1.0, gt=0, description="longest norm of a step's gradient; a longer one is shortened")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="type that the forward pass computes in where it is narrower than the weights'; weights keep theirs",
+        description="type that the forward pass computes in, where it is narrower than the weights; they keep theirs",
     )
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass instead of keeping them: less memory, slower"
