@@ -105,14 +105,14 @@ def build_emulator(
     dtype, device = base.model.dtype, next(base.model.parameters()).device
     if held_out:
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
-        score = evaluate_loss(emulator, held_out, None, on_progress, "measure emulator")
+        score = evaluate_loss(emulator, held_out, on_progress, "measure emulator")
     if stage_one is not None and settings.fit_tokens and public is not None:
         emulator = assemble_tensors(base.model.config, content, tensors, dtype, device)
         fit = SequentialFit(
             base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge, settings.fit_steps
         )
         fit.run(_at_least(settings.fit_tokens, public), on_progress)
-        fitted = evaluate_loss(emulator, held_out, None, on_progress, "measure fit") if held_out else None
+        fitted = evaluate_loss(emulator, held_out, on_progress, "measure fit") if held_out else None
         # Little or monotonous text can make a fit that is worse on all other text.
         if score is None or fitted is None or fitted.value < score.value:
             score = fitted

@@ -55,7 +55,6 @@ def perplexity(loss: float) -> float:
 def evaluate_loss(
     model: Any,
     batches: Iterable[Batch],
-    limit: int | None = None,
     on_progress: OnProgress | None = None,
     stage: str = "evaluate",
 ) -> LossScore:
@@ -64,7 +63,6 @@ def evaluate_loss(
     Args:
         model: a Hugging Face causal LM; its training mode comes back afterwards.
         batches: padded on the right, e.g. :func:`scaleot_ray.data.batches.fixed`.
-        limit: at most so many blocks (rows of batches).
         on_progress: receives a report after each batch, counted in blocks.
         stage: name in the reports.
 
@@ -74,20 +72,15 @@ def evaluate_loss(
     """
     sums: list[float] = []
     counts: list[int] = []
-    meter = ProgressMeter(stage, limit or 0, on_progress)
+    meter = ProgressMeter(stage, 0, on_progress)
     with evaluating(model):
         for index, batch in enumerate(batches):
-            if limit is not None:
-                batch = {name: tensor[: limit - len(sums)] for name, tensor in batch.items()}
             batch_sums, batch_counts = _block_losses(model, batch, index)
             sums += batch_sums
             counts += batch_counts
-            if limit is None:
-                # How many there are is known only where batches have a length.
-                meter.steps = max(len(sums), len(batches) * len(batch_sums) if isinstance(batches, Sized) else 0)
+            # How many there are is known only where batches have a length.
+            meter.steps = max(len(sums), len(batches) * len(batch_sums) if isinstance(batches, Sized) else 0)
             meter.advance(len(batch_sums), int(batch["attention_mask"].sum()), _mean(batch_sums, batch_counts))
-            if limit is not None and len(sums) >= limit:
-                break
     if not sum(counts):
         raise DataError(
             "There is no token to score in the rows to evaluate.", "Give rows with text (or a completion) in them."

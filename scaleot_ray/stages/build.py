@@ -168,7 +168,7 @@ def _full_score(base: BaseModel, text: PublicText, folder: Path | None, on_progr
         score = score_from_record(known)
         assert isinstance(score, LossScore)
         return score
-    score = evaluate_loss(base.model, text.held_out, None, on_progress, "measure full model")
+    score = evaluate_loss(base.model, text.held_out, on_progress, "measure full model")
     if path is not None:
         write_record(path, score_record(score))
     return score

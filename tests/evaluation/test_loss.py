@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,21 +71,6 @@ def test_value_is_a_mean_over_tokens_not_over_blocks() -> None:
     assert score.value == 2.5
     assert score.perplexity == pytest.approx(math.exp(2.5))
     assert score.metric == "loss"
-
-
-def test_limit_counts_blocks_and_stops_reading() -> None:
-    drawn: list[int] = []
-
-    def batches() -> Iterator[Batch]:
-        for index in range(10):
-            drawn.append(index)
-            yield _batch(seed=index)
-
-    model = tiny_model("llama")
-    score = evaluate_loss(model, batches(), limit=4)
-    assert len(score.sums) == 4
-    assert drawn == [0, 1]
-    assert score.sums[:3].tolist() == evaluate_loss(model, [_batch()]).sums.tolist()
 
 
 def test_progress_counts_blocks() -> None:
