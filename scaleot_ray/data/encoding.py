@@ -31,6 +31,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.eos = int(tokenizer.eos_token_id)
         bos = tokenizer.bos_token_id
+        self.start = self.eos if bos is None else int(bos)
         starts = list(tokenizer("a", verbose=False)["input_ids"])
         self.prefix = [int(bos)] if bos is not None and starts[:1] == [bos] else []
 
@@ -47,6 +48,17 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(encoded["input_ids"]), [(first, last) for first, last in encoded["offset_mapping"]]
 
+    def joined(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        """Token ids of ``prompt + completion`` encoded as one text, and for each whether the completion is in it.
+
+        A token that reaches over the border, such as a word with the space before it, belongs to the completion.
+        Where that is the first one, BOS (EOS without one) comes before it, so that it can be predicted.
+        """
+        ids, places = self.placed(prompt + completion)
+        learned = [end > len(prompt) for _, end in places]
+        start = self.prefix or ([self.start] if all(learned[:1]) else [])
+        return start + ids, [False] * len(start) + learned
+
     def pairs(self, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Token ids of a context and of each text that may follow it, split as lm-evaluation-harness does.
 
@@ -57,8 +69,7 @@ class Encoder:
         stripped = context.rstrip()
         texts = [context[len(stripped) :] + continuation for continuation in continuations]
         if not stripped:
-            bos = self.tokenizer.bos_token_id
-            return [self.eos if bos is None else int(bos)], [self.plain(text) for text in texts]
+            return [self.start], [self.plain(text) for text in texts]
         start = self.plain(stripped)
         return self.prefix + start, [self.plain(stripped + text)[len(start) :] for text in texts]
 

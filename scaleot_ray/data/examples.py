@@ -70,7 +70,7 @@ def token_examples(
 
     - text: documents joined by EOS, cut into blocks of exactly ``block_size``; every token counts.
       The last, shorter block is left out unless it is the only one.
-    - completion: prompt, completion, EOS; loss on the last two.
+    - completion: prompt and completion as one text, EOS; loss on every token that the completion is in, and EOS.
     - choice: prompt and right answer, the same tokens as :func:`choice_examples` scores; loss on the answer.
     - chat: the tokenizer's template; loss on the assistant's turns.
 
@@ -162,20 +162,28 @@ def _sequence(
 ) -> tuple[list[int], list[int]]:
     if settings.task == "chat":
         ids, learned = chat_tokens(encoder, read_messages(row, settings.messages_column), row.where)
-        return ids, [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
+        return ids, _labels(ids, learned)
     if settings.task == "choice":
         choices = read_choices(row, settings)
         context, (answer,) = _pairs(encoder, prompt(row), [choices.texts[choices.label]], row.where)
-    else:
-        completion = row.text(settings.completion_column, "completion_column")
-        if not completion:
-            raise DataError(
-                f"{row.where}: column {settings.completion_column!r} is empty, so there is nothing to learn.",
-                "Fill it or remove the row.",
-            )
-        context, (answer,) = encoder.pairs(prompt(row), [completion])
-        answer = [*answer, encoder.eos]
-    return context + answer, [IGNORED] * len(context) + answer
+        return context + answer, [IGNORED] * len(context) + answer
+    completion = row.text(settings.completion_column, "completion_column")
+    if not completion:
+        raise DataError(
+            f"{row.where}: column {settings.completion_column!r} is empty, so there is nothing to learn.",
+            "Fill it or remove the row.",
+        )
+    ids, learned = encoder.joined(prompt(row), completion)
+    if not any(learned):
+        raise DataError(
+            f"{row.where}: column {settings.completion_column!r} has no token of its own after the prompt.",
+            "Write the completion as text that the tokenizer keeps, or remove the row.",
+        )
+    return [*ids, encoder.eos], [*_labels(ids, learned), encoder.eos]
+
+
+def _labels(ids: list[int], learned: list[bool]) -> list[int]:
+    return [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
 
 
 def _pairs(encoder: Encoder, prompt: str, texts: list[str], where: str) -> tuple[list[int], list[list[int]]]:

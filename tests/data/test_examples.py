@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from scaleot_ray.config import DataSettings
 from scaleot_ray.data import ChoiceExample, TokenExample, choice_examples, token_examples
@@ -100,6 +101,40 @@ def test_completion_with_a_template(tmp_path: Path) -> None:
     (example,) = token_examples(settings, TOKENIZER, 64)
     assert whole(example) == "{3} sky?\nAnswer: blue</s>"
     assert learned(example) == " blue</s>"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@given(
+    prompt=st.text(alphabet="the catso \n?é<>(", max_size=12),
+    completion=st.text(alphabet="the catso \n?é<>(", min_size=1, max_size=12),
+)
+def test_no_character_is_lost_between_prompt_and_completion(bos: bool, prompt: str, completion: str) -> None:
+    encoder = Encoder(small_tokenizer(bos=bos))
+    ids, learned = encoder.joined(prompt, completion)
+    skipped = int(ids[0] == TOKENIZER.bos_token_id)
+    assert TOKENIZER.decode(ids[skipped:]) == prompt + completion
+    assert learned == sorted(learned), "the completion comes last"
+    end = str(TOKENIZER.decode([token for token, counts in zip(ids, learned, strict=True) if counts]))
+    assert end.endswith(completion)
+    assert (prompt + completion).endswith(end)
+    assert not learned[0], "something is there to predict the completion from"
+
+
+def test_a_token_over_the_border_is_the_completions(tmp_path: Path) -> None:
+    # "the" is one token: split after its first letters, nothing of it may disappear.
+    path = jsonl(tmp_path, [{"prompt": "on th", "completion": "e"}, {"prompt": "th", "completion": "e"}])
+    later, first = token_examples(DataSettings(path=path, task="completion"), TOKENIZER, 32)
+    assert (whole(later), learned(later)) == ("on the</s>", " the</s>")
+    assert (whole(first), learned(first)) == ("<s>the</s>", "the</s>")
+
+
+def test_a_completion_that_the_tokenizer_drops_is_refused(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer.__wrapped__()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+    settings = DataSettings(path=jsonl(tmp_path, [{"prompt": "the cat", "completion": " \n"}]), task="completion")
+    with pytest.raises(DataError, match="line 1: column 'completion' has no token of its own after the prompt"):
+        token_examples(settings, tokenizer, 32)
+    assert len(list(token_examples(settings, TOKENIZER, 32))) == 1
 
 
 def test_too_long(tmp_path: Path) -> None:
