@@ -35,6 +35,10 @@ def parquet(folder: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+def named(*texts: str, by: Any) -> dict[str, Any]:
+    return {"text": list(texts), "label": by}
+
+
 def learned(example: TokenExample) -> str:
     return str(TOKENIZER.decode([label for label in example.labels if label >= 0]))
 
@@ -176,6 +180,36 @@ BENCHMARKS: dict[str, tuple[dict[str, Any], dict[str, Any], int, list[str]]] = {
         1,
         ["x", "y"],
     ),
+    "numbered from 1": (
+        {"question": "Why?", "choices": {"text": ["x", "y"], "label": [1, 2]}, "answerKey": 1},
+        {"prompt_template": TEMPLATE, "label_column": "answerKey"},
+        0,
+        ["x", "y"],
+    ),
+    "named, label an index": (
+        {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "label": 1},
+        {"prompt_template": TEMPLATE},
+        1,
+        ["x", "y"],
+    ),
+    "unnamed": (
+        {"question": "Why?", "choices": {"text": ["x", "y"]}, "label": 1},
+        {"prompt_template": TEMPLATE},
+        1,
+        ["x", "y"],
+    ),
+    "texts that are their letters": (
+        {**ARC, "choices": ["A", "B"], "label": "B"},
+        {"prompt_template": TEMPLATE},
+        1,
+        ["A", "B"],
+    ),
+    "an index where texts are letters": (
+        {**ARC, "choices": ["B", "A"], "label": 1},
+        {"prompt_template": TEMPLATE},
+        1,
+        ["B", "A"],
+    ),
     "letters": ({**ARC, "label": "C"}, {"prompt_template": TEMPLATE}, 2, ARC["choices"]),
     "digits": ({**ARC, "label": "2"}, {"prompt_template": TEMPLATE}, 2, ARC["choices"]),
     "texts": ({**ARC, "label": "the cat"}, {"prompt_template": TEMPLATE}, 1, ARC["choices"]),
@@ -266,6 +300,16 @@ def test_an_empty_context_becomes_one_token() -> None:
         ({**ARC, "label": "D"}, {}, "the label 'D' in column 'label' is none of the choices"),
         ({**ARC, "label": "-1"}, {}, "the label -1 in column 'label' is out of range"),
         ({**ARC, "choices": ["2", "1", "0"], "label": "2"}, {}, "the text of one choice and the index of another"),
+        ({**ARC, "choices": ["B", "A"], "label": "A"}, {}, "the text of one choice and the letter of another"),
+        ({**ARC, "choices": named("x", "y", "z", by=[1, 2]), "label": 1}, {}, "3 texts, but [1, 2] as their names"),
+        ({**ARC, "choices": named("x", "y", by=["A", "B", "C"]), "label": "C"}, {}, "2 texts, but ['A', 'B', 'C'] as"),
+        ({**ARC, "choices": named("x", "y", by="AB"), "label": "A"}, {}, "2 texts, but 'AB' as their names"),
+        ({**ARC, "choices": named("x", "y", by=["A", "A"]), "label": "A"}, {}, "the choices' name 'A' is there twice"),
+        ({**ARC, "choices": named("x", "y", by=[1, 2]), "label": 0}, {}, "the label 0 in column 'label' is none of"),
+        ({**ARC, "choices": named("x", "y", by=[1, 2]), "label": "0"}, {}, "label '0' in column 'label' is none of"),
+        ({**ARC, "choices": ["x", "y", "x"]}, {}, "the choice 'x' is there twice"),
+        ({**ARC, "choices": ["", "b"]}, {}, "one of the choices is empty (['', 'b'])"),
+        ({**ARC, "choices": ["b", "\n"]}, {}, "one of the choices is empty"),
         ({**ARC, "label": None}, {}, "column 'label' is null"),
         ({**ARC, "choices": ["one"]}, {}, "there is one choice, expected at least 2"),
         ({**ARC, "choices": []}, {}, "there are no choices, expected at least 2"),

@@ -36,7 +36,7 @@ def dataset(folder: Path, task: str, rows: int) -> DataSettings:
     def row() -> dict[str, Any]:
         words = [draw.choice(WORDS) for _ in range(draw.randint(2, 5))]
         if task == "choice":
-            return {"prompt": words[0], "choices": words[:2], "label": draw.randrange(2)}
+            return {"prompt": words[0], "choices": draw.sample(WORDS, 2), "label": draw.randrange(2)}
         return {"text": " ".join(words)} if task == "text" else {"prompt": words[0], "completion": words[1]}
 
     path = folder / f"{task}-{rows}.jsonl"
