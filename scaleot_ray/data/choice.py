@@ -30,8 +30,9 @@ def read_choices(row: Row, settings: DataSettings) -> Choices:
     ``{"text": [...], "label": [...]}``. The label is an answer's name, its text, its letter or its index from 0.
 
     Raises:
-        DataError: a column is missing or of the wrong type, there are fewer than two answers, one is empty or
-            there twice, they are named unequally, or the label is none of them or could be two of them.
+        DataError: a column is missing or of the wrong type, there are fewer than two answers, one is empty, the
+            right one is there twice, not every one has a name of its own, or the label is none or could be two of
+            them.
     """
     texts, names = _answers(row, settings)
     if len(texts) < 2:
@@ -41,9 +42,11 @@ def read_choices(row: Row, settings: DataSettings) -> Choices:
         )
     if not all(text.strip() for text in texts):
         raise DataError(f"{row.where}: one of the choices is empty ({short(texts)}).", "Write every choice as text.")
-    _check_once(texts, f"{row.where}: the choice")
-    _check_once(names, f"{row.where}: the choices' name")
-    return Choices(texts, _label(row, settings.label_column, texts, names))
+    _check_once(names, names, f"{row.where}: the choices' name")
+    label = _label(row, settings.label_column, texts, names)
+    # Two equal wrong answers stay: benchmarks such as OpenBookQA have rows with them.
+    _check_once([texts[label]], texts, f"{row.where}: the right choice")
+    return Choices(texts, label)
 
 
 def _answers(row: Row, settings: DataSettings) -> tuple[list[str], list[str]]:
@@ -70,12 +73,12 @@ def _answers(row: Row, settings: DataSettings) -> tuple[list[str], list[str]]:
     return texts, names
 
 
-def _check_once(values: list[str], what: str) -> None:
-    twice = next((value for value in values if values.count(value) > 1), None)
+def _check_once(values: list[str], among: list[str], what: str) -> None:
+    twice = next((value for value in values if among.count(value) > 1), None)
     if twice is not None:
         raise DataError(
-            f"{what} {short(twice)} is there twice, so the right one cannot be told.",
-            "Make the choices differ, or remove the row.",
+            f"{what} {short(twice)} is there twice, so it cannot be told from the other.",
+            "Make them differ, or remove the row.",
         )
 
 
