@@ -12,7 +12,7 @@ from scaleot_ray.config.settings import Settings
 class ModelSettings(Settings):
     """The base model: its weights, its tokenizer, the type its tensors are loaded as."""
 
-    path: str = Field(description="Hugging Face directory or id, or a .gguf file")
+    path: str = Field(min_length=1, description="Hugging Face directory or id, or a .gguf file")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="type the weights are loaded as; build, eval and plug need the same"
     )
@@ -30,7 +30,9 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """A dataset and how its rows become tokens."""
 
-    path: str = Field(description="a file, a folder of files, or a folder written by datasets.save_to_disk")
+    path: str = Field(
+        min_length=1, description="a file, a folder of files, or a folder written by datasets.save_to_disk"
+    )
     format: Literal["auto", "text", "jsonl", "parquet", "arrow", "csv", "tsv", "hf"] = Field(
         "auto", description="file format; auto goes by the file's ending; text takes each file as one document"
     )
@@ -39,7 +41,9 @@ class DataSettings(Settings):
         description="text: every token counts; completion: loss on the completion only; choice: one right answer "
         "among several; chat: messages through the tokenizer's template, loss on the assistant's turns",
     )
-    split: str | None = Field(None, description="split of a dataset folder that holds several")
+    split: str | None = Field(
+        None, description="split of a dataset folder that holds several; all: every file of the folder"
+    )
     text_column: str = Field("text", description="for text: the column of documents")
     prompt_column: str = Field("prompt", description="for completion and choice: the column of prompts")
     completion_column: str = Field("completion", description="for completion: the column of what is to be learned")

@@ -27,7 +27,13 @@ ENDINGS = {
 }
 # What lies beside the data in many folders without being part of it.
 _NO_DATA = re.compile(r"(README|LICEN[CS]E|NOTICE|dataset_infos?)\b|[._]", re.IGNORECASE)
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
+# Words in the names of a split's files, and the split they mean.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val"), "validation"),
+    **{word: word for word in ("dev", "test", "eval")},
+}
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,12 @@ class Source:
 def find_sources(settings: DataSettings) -> list[Source]:
     """The files of a dataset, in the order of their names.
 
-    A folder holds files of one format. With ``split``, those whose name starts with the split's
-    (``train.parquet``, ``train-00000-of-00002.parquet``) or that lie in a folder of that name.
+    A folder holds files of one format. With ``split``, those in whose name or folders the split is a word, in
+    large or small letters (``train.parquet``, ``law-Train.csv``, ``train/0.csv``); with ``all``, every file.
 
     Raises:
         DataError: the path is missing, holds nothing that can be read, several formats, or several
-            splits of which none was chosen.
+            splits (or one, and files of none) of which none was chosen.
     """
     path = Path(settings.path).expanduser()
     if not path.exists():
@@ -93,22 +99,7 @@ def _folder(folder: Path, settings: DataSettings) -> list[Source]:
             f"path: the folder {folder} holds no file that can be read (endings: {', '.join(wanted)}).",
             "Give a folder of such files, a single file, or a folder written by datasets.save_to_disk.",
         )
-    splits = {name: _split(name) for name in names}
-    if settings.split is not None:
-        names = [name for name in names if _belongs(name, settings.split)]
-        if not names:
-            found = ", ".join(sorted({split for split in splits.values() if split})) or "no splits"
-            raise DataError(
-                f"split: no file in {folder} belongs to {settings.split!r} (its names say: {found}).",
-                f"A split's files are called {settings.split}.parquet, {settings.split}-00000-of-00002.parquet "
-                f"or lie in a folder {settings.split}.",
-            )
-    elif len({split for split in splits.values() if split}) > 1:
-        found = ", ".join(sorted({split for split in splits.values() if split}))
-        raise DataError(
-            f"path: the folder {folder} holds several splits ({found}), and none was chosen.",
-            "Set split to one of them, or give the path of one file.",
-        )
+    names = _chosen(names, folder, settings.split)
     formats = sorted({_format(name, settings.format) for name in names})
     if len(formats) > 1:
         raise DataError(
@@ -118,12 +109,43 @@ def _folder(folder: Path, settings: DataSettings) -> list[Source]:
     return [Source(folder / name, formats[0]) for name in names]
 
 
-def _split(name: Path) -> str | None:
-    return next((split for split in SPLITS if _belongs(name, split)), None)
+def _chosen(names: list[Path], folder: Path, split: str | None) -> list[Path]:
+    """The files of a split, or all where there is nothing to choose among."""
+    if split == ALL:
+        return names
+    chosen = [name for name in names if split is None or _belongs(name, split)]
+    if not chosen:
+        raise DataError(
+            f"split: no file in {folder} belongs to {split!r} (its names say: {_listed(names) or 'no splits'}).",
+            f"A split's files are called {split}.parquet, {split}-00000-of-00002.parquet or law-{split}.parquet, "
+            f"or lie in a folder {split}.",
+        )
+    found = {SPLITS[word] for name in chosen for word in _words(name)}
+    others = next((name for name in chosen if not _words(name)), None)
+    # A file of test rows beside one whose name says nothing would be trained on unnoticed, too.
+    if len(found) > 1 or (found and others is not None):
+        what = "holds" if split is None else f"has for {split!r}"
+        mixture = "several splits" if len(found) > 1 else f"files of a split and others, such as {others}"
+        raise DataError(
+            f"{'path' if split is None else 'split'}: the folder {folder} {what} {mixture} ({_listed(chosen)})"
+            f"{', and none was chosen' if split is None else ''}.",
+            f"Set split to what names the wanted files alone, to {ALL} for every file, or give the path of one file.",
+        )
+    return chosen
+
+
+def _listed(names: list[Path]) -> str:
+    return ", ".join(sorted({word for name in names for word in _words(name)}))
+
+
+def _words(name: Path) -> set[str]:
+    """The words for splits in a file's name and folders."""
+    return {word for word in SPLITS if _belongs(name, word)}
 
 
 def _belongs(name: Path, split: str) -> bool:
-    return split in name.parts[:-1] or re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", name.name) is not None
+    word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", re.IGNORECASE)
+    return any(word.search(part) for part in (*name.parts[:-1], name.stem))
 
 
 def _saved(path: Path, split: str | None) -> Source:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
-from scaleot_ray.config import DataSettings
+from scaleot_ray.config import DataSettings, ModelSettings
 from scaleot_ray.data import open_rows
 from scaleot_ray.errors import DataError
 
@@ -155,6 +156,56 @@ def test_split_chooses_files(tmp_path: Path) -> None:
         open_rows(settings(tmp_path, split="dev"))
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train.jsonl", "Test.jsonl"),
+        ("law-train.jsonl", "law-test.jsonl"),
+        ("wiki.train.jsonl", "wiki.test.jsonl"),
+        ("TRAIN/0.jsonl", "TEST/0.jsonl"),
+        ("law_train/0.jsonl", "law_test/0.jsonl"),
+        ("training/train.jsonl", "test.jsonl"),
+    ],
+)
+def test_a_split_is_a_word_anywhere_in_the_name(tmp_path: Path, train: str, test: str) -> None:
+    for name, rows in ((train, ROWS[:3]), (test, ROWS[3:5])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, rows)
+    assert list(open_rows(settings(tmp_path, split="train"))) == ROWS[:3]
+    assert list(open_rows(settings(tmp_path, split="Test"))) == ROWS[3:5]
+    assert len(list(open_rows(settings(tmp_path, split="all")))) == 5
+    with pytest.raises(DataError, match=r"holds several splits .*and none was chosen"):
+        open_rows(settings(tmp_path))
+    (tmp_path / test).unlink()
+    assert list(open_rows(settings(tmp_path))) == ROWS[:3], "one split alone needs no choice"
+
+
+def test_words_that_only_contain_a_split_are_none(tmp_path: Path) -> None:
+    for name in ("testing-latest.jsonl", "trains.jsonl", "developer1.jsonl"):
+        write_jsonl(tmp_path / name, ROWS[:1])
+    assert len(list(open_rows(settings(tmp_path)))) == 3
+
+
+def test_files_of_a_split_beside_others(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "law.jsonl", ROWS[:3])
+    write_jsonl(tmp_path / "law-test.jsonl", ROWS[3:5])
+    message = r"files of a split and others, such as law.jsonl \(test\)"
+    with pytest.raises(DataError, match=f"path: .* holds {message}, and none was chosen"):
+        open_rows(settings(tmp_path))
+    with pytest.raises(DataError, match=f"split: .* has for 'law' {message}"):
+        open_rows(settings(tmp_path, split="law"))
+    assert list(open_rows(settings(tmp_path, split="test"))) == ROWS[3:5]
+    assert len(list(open_rows(settings(tmp_path, split="all")))) == 5
+
+
+def test_a_file_of_two_splits_is_taken_for_neither(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    write_jsonl(tmp_path / "train" / "law-test.jsonl", ROWS[:3])
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=rf"has for '{split}' several splits \(test, train\)"):
+            open_rows(settings(tmp_path, split=split))
+
+
 def test_split_of_a_saved_dataset(tmp_path: Path) -> None:
     parts = {"train": datasets.Dataset.from_list(ROWS[:3]), "test": datasets.Dataset.from_list(ROWS[3:5])}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
@@ -283,6 +334,13 @@ def test_folders_that_are_no_dataset(tmp_path: Path) -> None:
     assert list(open_rows(settings(tmp_path, format="jsonl"))) == ROWS
     with pytest.raises(DataError, match="is a single file and has no splits"):
         open_rows(settings(tmp_path / "a.jsonl", split="train"))
+
+
+@pytest.mark.parametrize("kind", [DataSettings, ModelSettings])
+def test_an_empty_path_is_not_the_working_directory(kind: Any) -> None:
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        kind(path="")
+    assert kind(path=".").path == "."
 
 
 def test_values_say_which_column_there_is(tmp_path: Path) -> None:
