@@ -47,7 +47,7 @@ def read_messages(row: Row, column: str) -> list[Message]:
             f"{row.where}: no message in column {column!r} has the role 'assistant', so there is nothing to learn.",
             "Remove the row, or name the assistant's role 'assistant'.",
         )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{field: row.whole(message[field], column) for field in ("role", "content")} for message in messages]
 
 
 def check_template(tokenizer: Any) -> None:

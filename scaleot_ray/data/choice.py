@@ -70,7 +70,7 @@ def _answers(row: Row, settings: DataSettings) -> tuple[list[str], list[str]]:
             f"{row.where}: column {column!r} holds {short(texts)}, expected a list of texts.",
             'Write ["...", "..."] or {"text": [...], "label": [...]}, or give the answers of all rows as choices.',
         )
-    return texts, names
+    return [row.whole(text, column) for text in texts], names
 
 
 def _check_once(values: list[str], among: list[str], what: str) -> None:

@@ -11,7 +11,6 @@ Nothing is cached on disk and nothing reaches for a network.
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -75,7 +74,23 @@ class Row(dict[str, Any]):
                 f"{self.where}: column {column!r} holds {type(value).__name__} ({short(value)}), expected text.",
                 f"Write it as text, or set {key} to a column of text{_option(key)}.",
             )
-        return value
+        return self.whole(value, column)
+
+    def whole(self, text: str, column: str) -> str:
+        """``text``, which ``column`` holds, refused where it has half of a surrogate pair: no tokenizer takes it.
+
+        Raises:
+            DataError: it has one, as JSON can write it (``\\ud83d`` alone).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.where}: column {column!r} holds half a surrogate pair ({error.object[error.start]!a}), which "
+                "is no character.",
+                "Write the whole character, or remove the half; a text that was cut within an emoji has such a one.",
+            ) from None
+        return text
 
 
 class Rows(Iterable[Row]):
@@ -91,11 +106,14 @@ class Rows(Iterable[Row]):
         self._sources, self._limit = sources, limit
 
     def __iter__(self) -> Iterator[Row]:
-        count = 0
-        for row in itertools.islice(self._all(), self._limit):
-            count += 1
+        documents, any_row = 0, False
+        for row in self._all():
+            any_row = True
             yield row
-        if not count:
+            documents += not row.unfinished
+            if documents == self._limit:
+                break
+        if not any_row:
             raise DataError(f"{self.path}: the dataset is empty.", "Give a dataset with at least one row.")
 
     def _all(self) -> Iterator[Row]:

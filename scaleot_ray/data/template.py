@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 
 from scaleot_ray.data.rows import Row, short
@@ -30,7 +31,7 @@ class PromptTemplate:
         """The prompt for one row.
 
         Raises:
-            DataError: the row has no such column, or its value is neither text nor a number.
+            DataError: the row has no such column, or its value is neither text nor a finite number.
         """
         prompt = []
         for literal, column in self._parts:
@@ -44,5 +45,10 @@ class PromptTemplate:
                     f"which holds {type(value).__name__} ({short(value)}).",
                     "Name a column of text or numbers.",
                 )
-            prompt.append(str(value))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DataError(
+                    f"{row.where}: column {column!r}, which prompt_template names, is {value}.",
+                    "Fill it or remove the row; NaN often marks a value that is missing.",
+                )
+            prompt.append(row.whole(str(value), column))
         return "".join(prompt)

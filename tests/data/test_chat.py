@@ -118,6 +118,7 @@ def test_messages_of_a_saved_dataset(tmp_path: Path) -> None:
         ("hello", CHATML, "holds 'hello', expected a list of messages"),
         ([{"role": "user"}], CHATML, "message 1 in column 'messages' is {'role': 'user'}"),
         ([{"role": "user", "content": ["a"]}], CHATML, "expected a role and a content, both text"),
+        ([*CHAT[:2], {"role": "assistant", "content": "\ud83d"}], CHATML, "holds half a surrogate pair"),
         (CHAT[:2], CHATML, "no message in column 'messages' has the role 'assistant'"),
         (CHAT, STRICT, "the tokenizer's chat template refuses the messages (Roles must alternate user/assistant)"),
         (CHAT, "{{ messages[0]['content'] }}", "no token counts for the loss"),

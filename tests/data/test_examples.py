@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,15 @@ def test_an_empty_context_becomes_one_token() -> None:
 
 # ---- faults
 
+HALF = "a \ud83d b"
+
+
+def test_whole_emoji_and_numbers_are_taken(tmp_path: Path) -> None:
+    row = {"text": "a 😀 b", "n": 1.5, "completion": " é"}
+    settings = DataSettings(path=jsonl(tmp_path, [row]), task="completion", prompt_template="{text} {n}")
+    (example,) = token_examples(settings, TOKENIZER, 64)
+    assert whole(example) == "a 😀 b 1.5 é</s>"
+
 
 @pytest.mark.parametrize(
     ("row", "options", "message"),
@@ -294,6 +304,13 @@ def test_an_empty_context_becomes_one_token() -> None:
         ({"text": None}, {}, "column 'text' is null"),
         ({"prompt": "x"}, {"task": "completion"}, "there is no column 'completion'; the columns are 'prompt'"),
         ({"prompt": "x", "completion": ""}, {"task": "completion"}, "column 'completion' is empty"),
+        ({"text": HALF}, {}, r"column 'text' holds half a surrogate pair ('\ud83d')"),
+        ({"prompt": HALF, "completion": "x"}, {"task": "completion"}, "column 'prompt' holds half a surrogate"),
+        ({"prompt": "x", "completion": HALF}, {"task": "completion"}, "column 'completion' holds half a surrogate"),
+        ({**ARC, "question": HALF}, {}, "column 'question' holds half a surrogate"),
+        ({**ARC, "choices": ["a", HALF]}, {}, "column 'choices' holds half a surrogate"),
+        ({**ARC, "question": math.nan}, {}, "column 'question', which prompt_template names, is nan"),
+        ({**ARC, "question": -math.inf}, {}, "column 'question', which prompt_template names, is -inf"),
         (ARC, {"task": "choice"}, "there is no column 'prompt'"),
         (ARC, {"task": "choice", "prompt_template": "{query}:"}, "there is no column 'query'; the columns are"),
         (ARC, {"task": "choice", "prompt_template": "{choices}:"}, "wants text in column 'choices', which holds list"),

@@ -133,6 +133,15 @@ def test_max_examples(tmp_path: Path) -> None:
     assert list(open_rows(settings(write_jsonl(tmp_path / "x.jsonl"), max_examples=7))) == ROWS[:7]
 
 
+def test_max_examples_counts_documents_not_their_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scaleot_ray.data.rows.PIECE_CHARACTERS", 20)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"line of {name}\n" * 10)
+    rows = list(open_rows(settings(tmp_path, max_examples=2)))
+    assert len(rows) > 2
+    assert "".join(row["text"] for row in rows) == "line of a\n" * 10 + "line of b\n" * 10
+
+
 def test_jsonl_keeps_values_as_written(tmp_path: Path) -> None:
     # Readers that guess a column's type turn the first into a timestamp and refuse the mixture.
     rows = [{"text": "2020-01-01"}, {"text": "x", "more": 1}, {"text": 3}]
