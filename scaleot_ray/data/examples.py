@@ -80,7 +80,8 @@ def token_examples(
         settings: the dataset.
         tokenizer: a Hugging Face tokenizer.
         block_size: tokens per sequence.
-        too_long: what to do with longer rows of the last three tasks: stop, or cut the prompt's start.
+        too_long: what to do with longer rows of the last three tasks: stop, or cut the prompt's start (after BOS).
+            A choice row has to have room for its longest answer, as when it is scored.
         part: takes some of the rows, e.g. :meth:`scaleot_ray.data.holdout.HoldOut.training`; default: all.
 
     Raises:
@@ -98,9 +99,16 @@ def token_examples(
     def sequences(rows: Iterable[Row]) -> Iterator[TokenExample]:
         for row in rows:
             ids, labels = _sequence(row, settings, encoder, prompt)
-            yield _fit(ids, labels, block_size, too_long, row.where)
+            yield _fit(ids, labels, encoder.prefix, block_size, too_long, row.where)
 
-    return _started(Examples(_rows(settings, part), blocks if settings.task == "text" else sequences))
+    def answers(rows: Iterable[Row]) -> Iterator[TokenExample]:
+        for row in rows:
+            question = _question(row, settings, encoder, prompt, block_size, too_long)
+            answer = question.continuations[question.label]
+            yield TokenExample(question.context + answer, [IGNORED] * len(question.context) + answer)
+
+    make = {"text": blocks, "choice": answers}.get(settings.task, sequences)
+    return _started(Examples(_rows(settings, part), make))
 
 
 def choice_examples(
@@ -118,7 +126,7 @@ def choice_examples(
         settings: the dataset; its task is ``choice``.
         tokenizer: a Hugging Face tokenizer.
         block_size: tokens of the prompt and the longest answer together.
-        too_long: what to do with longer rows: stop, or cut the prompt's start.
+        too_long: what to do with longer rows: stop, or cut the prompt's start (after BOS).
         part: takes some of the rows; default: all.
 
     Raises:
@@ -132,11 +140,7 @@ def choice_examples(
 
     def questions(rows: Iterable[Row]) -> Iterator[ChoiceExample]:
         for row in rows:
-            choices = read_choices(row, settings)
-            context, continuations = _pairs(encoder, prompt(row), choices.texts, row.where)
-            room = block_size - max(map(len, continuations))
-            context = _cut(context, room, too_long, row.where, block_size)
-            yield ChoiceExample(context, continuations, choices.label, [len(text) for text in choices.texts])
+            yield _question(row, settings, encoder, prompt, block_size, too_long)
 
     return _started(Examples(_rows(settings, part), questions))
 
@@ -163,10 +167,6 @@ def _sequence(
     if settings.task == "chat":
         ids, learned = chat_tokens(encoder, read_messages(row, settings.messages_column), row.where)
         return ids, _labels(ids, learned)
-    if settings.task == "choice":
-        choices = read_choices(row, settings)
-        context, (answer,) = _pairs(encoder, prompt(row), [choices.texts[choices.label]], row.where)
-        return context + answer, [IGNORED] * len(context) + answer
     completion = row.text(settings.completion_column, "completion_column")
     if not completion:
         raise DataError(
@@ -186,21 +186,29 @@ def _labels(ids: list[int], learned: list[bool]) -> list[int]:
     return [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
 
 
-def _pairs(encoder: Encoder, prompt: str, texts: list[str], where: str) -> tuple[list[int], list[list[int]]]:
-    delimiter = "" if prompt[-1:].isspace() else " "
-    context, continuations = encoder.pairs(prompt, [delimiter + text for text in texts])
+def _question(
+    row: Row,
+    settings: DataSettings,
+    encoder: Encoder,
+    prompt: Callable[[Row], str],
+    block_size: int,
+    too_long: TooLong,
+) -> ChoiceExample:
+    choices, text = read_choices(row, settings), prompt(row)
+    delimiter = "" if text[-1:].isspace() else " "
+    context, continuations = encoder.pairs(text, [delimiter + answer for answer in choices.texts])
     if not all(continuations):
-        raise DataError(f"{where}: a choice has no token of its own after the prompt.", "Write every choice as text.")
-    return context, continuations
-
-
-def _cut(context: list[int], room: int, too_long: TooLong, where: str, block_size: int) -> list[int]:
-    if len(context) <= room:
-        return context
-    _refuse_too_long(block_size - room + len(context), too_long, where, block_size)
-    if room < 1:
-        raise _answer_too_long(block_size - room, where, block_size)
-    return context[-room:]
+        raise DataError(
+            f"{row.where}: a choice has no token of its own after the prompt.", "Write every choice as text."
+        )
+    longest = max(map(len, continuations))
+    if len(context) + longest > block_size:
+        _refuse_too_long(len(context) + longest, too_long, row.where, block_size)
+        kept = block_size - longest - len(encoder.prefix)
+        if kept < 1:
+            raise _answer_too_long(longest, row.where, block_size)
+        context = encoder.prefix + context[-kept:]
+    return ChoiceExample(context, continuations, choices.label, [len(answer) for answer in choices.texts])
 
 
 def _refuse_too_long(tokens: int, too_long: TooLong, where: str, block_size: int) -> None:
@@ -219,10 +227,10 @@ def _answer_too_long(tokens: int, where: str, block_size: int) -> DataError:
     )
 
 
-def _ending(ids: list[int], labels: list[int], block_size: int, where: str) -> tuple[list[int], list[int]]:
-    """The last ``block_size`` tokens up to the end of the last answer; an answer cut at its start is not learned."""
+def _ending(ids: list[int], labels: list[int], room: int, where: str, block_size: int) -> tuple[list[int], list[int]]:
+    """The last ``room`` tokens up to the end of the last answer; an answer cut at its start is not learned."""
     end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=len(ids))
-    start = max(0, end - block_size)
+    start = max(0, end - room)
     kept, learned = ids[start:end], labels[start:end]
     if start and learned[0] != IGNORED:
         cut = next((index for index, label in enumerate(learned) if label == IGNORED), len(learned))
@@ -233,10 +241,15 @@ def _ending(ids: list[int], labels: list[int], block_size: int, where: str) -> t
     return kept, learned
 
 
-def _fit(ids: list[int], labels: list[int], block_size: int, too_long: TooLong, where: str) -> TokenExample:
+def _fit(
+    ids: list[int], labels: list[int], prefix: list[int], block_size: int, too_long: TooLong, where: str
+) -> TokenExample:
     if len(ids) > block_size:
         _refuse_too_long(len(ids), too_long, where, block_size)
-        ids, labels = _ending(ids, labels, block_size, where)
+        # What every sequence starts with stays; the prompt is cut after it.
+        first = len(prefix) if ids[: len(prefix)] == prefix else 0
+        kept, learned = _ending(ids[first:], labels[first:], block_size - first, where, block_size)
+        ids, labels = ids[:first] + kept, labels[:first] + learned
     if all(label == IGNORED for label in labels[1:]):
         raise DataError(f"{where}: no token counts for the loss.", "Fill the row's answer, or remove the row.")
     return TokenExample(ids, labels)

@@ -256,6 +256,39 @@ def test_choice_too_long(tmp_path: Path) -> None:
     assert cut == ChoiceExample(question.context[1:], question.continuations, question.label, question.lengths)
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_cut_choice_is_trained_on_as_it_is_scored(tmp_path: Path, bos: bool) -> None:
+    tokenizer = small_tokenizer(bos=bos)
+    row = {**ARC, "choices": ["the sky", "the mat and the log and the dog"]}
+    settings = DataSettings(path=jsonl(tmp_path, [row]), task="choice", prompt_template=TEMPLATE)
+    (full,) = choice_examples(settings, tokenizer, 64)
+    longest = len(full.continuations[1])
+    assert longest > len(full.continuations[0]), "the right answer alone would leave more room"
+    size = len(full.context) + longest - 3
+    (cut,) = choice_examples(settings, tokenizer, size, too_long="truncate")
+    (example,) = token_examples(settings, tokenizer, size, too_long="truncate")
+    assert cut.context == full.context[:bos] + full.context[bos + 3 :], "BOS stays"
+    assert cut.continuations == full.continuations
+    assert example.input_ids == cut.context + cut.continuations[0]
+    for examples in (choice_examples, token_examples):
+        assert len(list(examples(settings, tokenizer, size + 3))) == 1
+        with pytest.raises(DataError, match=f"line 1: prompt and answer have {size + 3} tokens"):
+            examples(settings, tokenizer, size)
+        assert len(list(examples(settings, tokenizer, longest + bos + 1, too_long="truncate"))) == 1
+        with pytest.raises(DataError, match="leaves no room for the prompt"):
+            examples(settings, tokenizer, longest + bos, too_long="truncate")
+
+
+def test_a_cut_completion_keeps_its_start(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"prompt": "the cat sat on the mat and", "completion": " the dog"}])
+    settings, tokenizer = DataSettings(path=path, task="completion"), small_tokenizer(bos=True)
+    (full,) = token_examples(settings, tokenizer, 64)
+    (cut,) = token_examples(settings, tokenizer, len(full.input_ids) - 3, too_long="truncate")
+    assert cut.input_ids == full.input_ids[:1] + full.input_ids[4:]
+    assert cut.labels == full.labels[:1] + full.labels[4:]
+    assert whole(cut).startswith("<s>")
+
+
 def harness_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """lm-evaluation-harness 0.4, ``TemplateLM._encode_pair`` for causal models."""
     n_spaces = len(context) - len(context.rstrip())
