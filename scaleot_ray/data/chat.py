@@ -14,6 +14,11 @@ from scaleot_ray.errors import DataError
 
 Message = dict[str, str]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ON_A_FIXED_DAY = "{% macro strftime_now(format) %}01 January 2025{% endmacro %}\n"
+"""In front of a chat template that names today's date: the same rows are to give the same tokens on any day.
+
+It ends with a line break, which Jinja drops after a block, so that the template's own start is still one of a line.
+"""
 # Private-use characters: no message starts or ends with them, so where two renderings differ is exact.
 _STAND_IN = "\ue000answer\ue001"
 
@@ -23,7 +28,7 @@ def read_messages(row: Row, column: str) -> list[Message]:
 
     Raises:
         DataError: the column is missing, is no list of ``{"role": ..., "content": ...}``, or the
-            assistant says nothing in it.
+            assistant has no message or an empty one in it.
     """
     messages = row.value(column, "messages_column")
     if isinstance(messages, dict) and isinstance(messages.get("role"), list):
@@ -41,6 +46,12 @@ def read_messages(row: Row, column: str) -> list[Message]:
                 f"{row.where}: message {number} in column {column!r} is {short(message)}, "
                 "expected a role and a content, both text.",
                 'Write {"role": "user", "content": "..."}; tool calls and images are not supported.',
+            )
+        if fields["role"] == "assistant" and not fields["content"].strip():
+            raise DataError(
+                f"{row.where}: message {number} in column {column!r} is the assistant's and empty, so only its end "
+                "would be learned.",
+                "Fill it, or remove the message or the row.",
             )
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
@@ -69,17 +80,22 @@ def chat_tokens(encoder: Encoder, messages: list[Message], where: str) -> tuple[
 
     A template that marks the assistant's part with ``{% generation %}`` is taken at its word. For
     others each turn is found by rendering the conversation once more with another text in its place:
-    where the two differ is the turn, whatever the template does to the turns before and after.
+    where the two differ is the turn, whatever the template does to the turns before and after. What the template
+    writes into a turn whatever its text, such as the empty thought of Qwen3 or a ``<think>`` in front of every
+    thought, is the same in both and not learned. Today's date, where a template names it, is a fixed one.
 
     Raises:
         DataError: the template refuses the messages, e.g. for the order of their roles.
     """
     tokenizer = encoder.tokenizer
     try:
-        if _MARKS.search(tokenizer.get_chat_template()):
-            marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        template = ON_A_FIXED_DAY + tokenizer.get_chat_template()
+        if _MARKS.search(template):
+            marked = tokenizer.apply_chat_template(
+                messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+            )
             return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
-        return _unmarked(encoder, messages)
+        return _unmarked(encoder, messages, template)
     except TemplateError as error:
         raise DataError(
             f"{where}: the tokenizer's chat template refuses the messages ({error}).",
@@ -87,9 +103,10 @@ def chat_tokens(encoder: Encoder, messages: list[Message], where: str) -> tuple[
         ) from error
 
 
-def _unmarked(encoder: Encoder, messages: list[Message]) -> tuple[list[int], list[bool]]:
+def _unmarked(encoder: Encoder, messages: list[Message], template: str) -> tuple[list[int], list[bool]]:
     def render(conversation: list[Message]) -> str:
-        return str(encoder.tokenizer.apply_chat_template(conversation, tokenize=False))
+        rendered = encoder.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+        return str(rendered)
 
     specials = [text for token in encoder.tokenizer.added_tokens_decoder.values() if (text := str(token).strip())]
     whole = render(messages)

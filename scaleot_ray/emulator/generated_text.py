@@ -16,15 +16,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import DynamicCache
 
+from scaleot_ray.data.chat import ON_A_FIXED_DAY
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.families.head import HeadPositions
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
 BATCH = 128
 """Sequences generated side by side: one step reads all weights, for one sequence as for many."""
-
-# In front of templates that name today's date: the same settings are to give the same text on any day.
-_ON_A_FIXED_DAY = "{% macro strftime_now(format) %}01 January 2025{% endmacro %}"
 
 
 def openings(tokenizer: Any) -> list[list[int]]:
@@ -48,7 +46,7 @@ def _user_turn(tokenizer: Any) -> list[int]:
     """What the chat template puts in front of a user's first message; empty where it has nothing to say there."""
     mark = "…"
     try:
-        template = _ON_A_FIXED_DAY + tokenizer.get_chat_template()
+        template = ON_A_FIXED_DAY + tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": mark}], chat_template=template, tokenize=False
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from transformers.utils import chat_template_utils
 
 from scaleot_ray.config import DataSettings
 from scaleot_ray.data import token_examples
@@ -40,6 +42,9 @@ STRICT = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}{{ message['content'] }}{% endfor %}"
 )
+
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}.\n"
 
 
 def read(folder: Path, messages: Any, template: str | None = CHATML, size: int = 256, **options: Any) -> list[str]:
@@ -104,6 +109,48 @@ def test_of_a_chat_far_longer_than_a_block_the_last_answers_remain(tmp_path: Pat
     assert abs(int(caught.value.problem.split(" has ")[1].split()[0]) - alone) < 8
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
+def test_a_template_that_names_the_date_gives_the_same_tokens_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n")
+    tokenizer = small_tokenizer(chat_template=DATED + template)
+    found, plain = [], []
+    for day in (23, 24):
+        today = type("Today", (datetime,), {"now": classmethod(lambda cls, day=day: cls(2026, 11, day))})
+        monkeypatch.setattr(chat_template_utils, "datetime", today)
+        plain.append(tokenizer.apply_chat_template(CHAT, tokenize=False))
+        found += token_examples(DataSettings(path=str(path), task="chat"), tokenizer, 256)
+    assert "Today is 24 Nov 2026." in plain[1], "the clock that templates read is this one"
+    assert plain[0] != plain[1]
+    assert found[0] == found[1]
+    assert tokenizer.decode(found[0].input_ids) == plain[0].replace("23 Nov 2026", "01 January 2025")
+    assert read(tmp_path, CHAT, DATED + template) == read(tmp_path, CHAT, template)
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "{# about #}\n  ", "x\n"])
+def test_a_fixed_date_leaves_other_templates_as_they_are(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n")
+    tokenizer = small_tokenizer(chat_template=start + CHATML)
+    (example,) = token_examples(DataSettings(path=str(path), task="chat"), tokenizer, 256)
+    assert example.input_ids == tokenizer.apply_chat_template(CHAT)["input_ids"]
+
+
+def test_what_the_template_writes_into_every_turn_is_not_learned(tmp_path: Path) -> None:
+    thinking = CHATML.replace("message['content']", "('<think>\n' if loop.last else '') + message['content']")
+    assert read(tmp_path, CHAT, thinking) == read(tmp_path, CHAT)
+
+
+def test_content_may_spell_control_tokens(tmp_path: Path) -> None:
+    spelled = [CHAT[1], {"role": "assistant", "content": "blue<|im_end|>sky"}]
+    assert read(tmp_path, spelled) == ["blue<|im_end|>sky<|im_end|>"]
+    tokenizer = small_tokenizer(chat_template=CHATML)
+    (example,) = token_examples(DataSettings(path=str(tmp_path / "chat.jsonl"), task="chat"), tokenizer, 256)
+    assert example.labels.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
 def test_messages_of_a_saved_dataset(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"messages": CHAT}] * 3).save_to_disk(str(tmp_path / "saved"))
     settings = DataSettings(path=str(tmp_path / "saved"), task="chat")
@@ -119,6 +166,11 @@ def test_messages_of_a_saved_dataset(tmp_path: Path) -> None:
         ([{"role": "user"}], CHATML, "message 1 in column 'messages' is {'role': 'user'}"),
         ([{"role": "user", "content": ["a"]}], CHATML, "expected a role and a content, both text"),
         ([*CHAT[:2], {"role": "assistant", "content": "\ud83d"}], CHATML, "holds half a surrogate pair"),
+        (
+            [*CHAT[:2], {"role": "assistant", "content": " "}],
+            CHATML,
+            "message 3 in column 'messages' is the assistant's",
+        ),
         (CHAT[:2], CHATML, "no message in column 'messages' has the role 'assistant'"),
         (CHAT, STRICT, "the tokenizer's chat template refuses the messages (Roles must alternate user/assistant)"),
         (CHAT, "{{ messages[0]['content'] }}", "no token counts for the loss"),
