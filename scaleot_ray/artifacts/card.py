@@ -9,6 +9,7 @@ from __future__ import annotations
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.inspect import layer_picture, parameters_by_role
 from scaleot_ray.artifacts.manifest import DeltaContent, EmulatorContent, Manifest, MetricsContent
+from scaleot_ray.plain_text import plain_text
 
 CARD_FILE = "README.md"
 CARD_LIMIT = 64 << 10
@@ -23,7 +24,10 @@ def with_card(artifact: Artifact) -> Artifact:
 
 
 def model_card(manifest: Manifest) -> str:
-    """Markdown text of an artefact's card, at most ``CARD_LIMIT`` bytes; the files of ``manifest`` do not matter."""
+    """Markdown text of an artefact's card, at most ``CARD_LIMIT`` bytes; the files of ``manifest`` do not matter.
+
+    What would steer a terminal on which it is read is replaced (:func:`~scaleot_ray.plain_text.plain_text`).
+    """
     content = manifest.content
     if isinstance(content, EmulatorContent):
         title, parts = "Emulator", _emulator(manifest, content)
@@ -37,7 +41,7 @@ def model_card(manifest: Manifest) -> str:
         f"Base model: {name} (family {manifest.family or 'not stated'}).\n"
         f"Its licence notice, which also applies to what is made from it:\n\n{notice}"
     )
-    return _short("\n\n".join([f"# {title} for {name}", base, *parts]) + "\n")
+    return _short(plain_text("\n\n".join([f"# {title} for {name}", base, *parts]) + "\n"))
 
 
 def _emulator(manifest: Manifest, content: EmulatorContent) -> list[str]:

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
+from scaleot_ray.plain_text import plain_text
 from scaleot_ray.progress import Progress
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ProgressLines:
     def say(self, text: str, number: int | None = None) -> None:
         """Shows a line, of the round of that number."""
         prefix = f"round {number}, " if self._rounds and number is not None else ""
-        print(prefix + text, file=self._stream, flush=True)
+        print(plain_text(prefix + text), file=self._stream, flush=True)
 
 
 def figures(progress: Progress) -> str:
@@ -127,7 +128,7 @@ def _bars(stream: IO[str]) -> Bars:
     from rich.progress import Progress as Bars
 
     return Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError, disk_full
+from scaleot_ray.plain_text import plain_text
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Failure:
         }
 
     def as_text(self) -> str:
-        """The lines that a person reads."""
-        return f"error: {self.message}\n  → {self.remedy}"
+        """The lines that a person reads; a message may quote what another party wrote."""
+        return plain_text(f"error: {self.message}\n  → {self.remedy}")
 
 
 def explain(error: BaseException) -> Failure:

@@ -10,7 +10,8 @@ import typer
 
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption
 from scaleot_ray.cli.output import working
-from scaleot_ray.cli.tables import bytes_text
+from scaleot_ray.cli.tables import bytes_text, cell
+from scaleot_ray.plain_text import plain_line, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +69,7 @@ def _inspect_artifact(out: Output, directory: Path) -> None:
         show_artifact(console, document["artifact"])
         if card:
             console.rule("card")
-            console.print(card, markup=False)
+            console.print(plain_text(card), markup=False)
 
     out.result(document, show)
 
@@ -107,7 +108,9 @@ def _show_audit_log(console: Console, document: Mapping[str, Any]) -> None:
     for line in document["crossings"]:
         outcome = line["decision"] + (f": {line['reason']}" if line["reason"] else "")
         size, digest = bytes_text(line["bytes"]), line["digest"][:12]
-        table.add_row(line["time"], line["sender"], line["recipient"], line["kind"], size, digest, outcome)
+        table.add_row(
+            *map(cell, (line["time"], line["sender"], line["recipient"], line["kind"], size, digest, outcome))
+        )
     console.print(table)
     if document["incomplete_lines"]:
         numbers = ", ".join(map(str, document["incomplete_lines"]))
@@ -140,7 +143,7 @@ def show_artifact(console: Console, artifact: Mapping[str, Any]) -> None:
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         if value:
-            console.print(f"{name:<{width}}{value}", markup=False, soft_wrap=True)
+            console.print(plain_line(f"{name:<{width}}{value}"), markup=False, soft_wrap=True)
     if artifact["kind"] == "emulator":
         from scaleot_ray.artifacts.inspect import layer_picture
 
@@ -155,7 +158,7 @@ def _first_line(text: str | None) -> str:
 
 def _model(artifact: Mapping[str, Any]) -> str:
     names = [artifact["model_type"], artifact["family"] and f"family {artifact['family']}", artifact["dtype"]]
-    return ", ".join(name for name in names if name)
+    return ", ".join(str(name) for name in names if name)
 
 
 def _emulator_rows(artifact: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ import typer
 
 from scaleot_ray.cli.failure import Failure, explain, trace
 from scaleot_ray.interruption import interruptible
+from scaleot_ray.plain_text import plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +83,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """One line for a person, on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(plain_text(text), file=sys.stderr, flush=True)
 
     def failure(self, error: BaseException) -> int:
         """Shows an error and returns the exit code."""

@@ -14,6 +14,7 @@ from scaleot_ray.cli.output import Output, working
 from scaleot_ray.cli.run_table import RunTable
 from scaleot_ray.cli.tables import bytes_text, margin_text, privacy_text, show_standard_table
 from scaleot_ray.config import RunSettings, load_yaml
+from scaleot_ray.plain_text import plain_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,12 +71,12 @@ def show_report(console: Console, report: Mapping[str, Any], crossed: Sequence[M
     """
     emulator, seconds = report["emulator"], report["seconds"]
     for line in emulator_lines(emulator):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(plain_line(line), markup=False, soft_wrap=True)
     show_standard_table(console, report["tenants"])
     for line in round_lines(report["rounds"], report["aggregate"]) + unmeasured_lines(report["tenants"]):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(plain_line(line), markup=False, soft_wrap=True)
     for line in crossings(crossed):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(plain_line(line), markup=False, soft_wrap=True)
     console.print(
         f"{clock(seconds['total'])} in all, peak memory of all processes {bytes_text(report['peak_rss_bytes'])}; "
         f"everything is in {_from_here(report['directory'])}",

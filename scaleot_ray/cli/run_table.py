@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 from scaleot_ray.cli.bars import ProgressLines, clock
 from scaleot_ray.cli.run_rows import CONDITIONS, LEFT_OUT, OwnStages, TenantRow
+from scaleot_ray.plain_text import plain_line
 from scaleot_ray.progress import Progress, TenantState
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ class RunTable:
         for progress in self._own.shown(most):
             others = self._own.finished - (progress.step >= progress.steps)
             after = f"  after {others} other{'s' if others > 1 else ''}" if others else ""
-            table.add_row(Text.assemble(progress.stage, (after, "dim")), *_figures(progress, progress.loss, widths.bar))
+            table.add_row(
+                Text.assemble(plain_line(progress.stage), (after, "dim")),
+                *_figures(progress, progress.loss, widths.bar),
+            )
         if not self._heard:
             table.add_row("loading", _bar(None, widths.bar))
         return table
@@ -135,7 +139,7 @@ class RunTable:
         number = f" of round {row.round}" if self._several and row.round is not None else ""
         name = _text(row.name)
         name.truncate(widths.name, overflow="ellipsis", pad=True)
-        reason = next(iter(row.reason.splitlines()), "").removeprefix(f"{row.name} ")
+        reason = plain_line(next(iter(row.reason.splitlines()), "")).removeprefix(f"{row.name} ")
         return Text.assemble(name, " ", (f"left out{number}", "red"), f": {reason}", no_wrap=True, overflow="ellipsis")
 
     def _summary(self) -> Text:
@@ -207,4 +211,4 @@ def _text(value: str) -> Text:
     """Text as it is: a name or a reason may look like markup."""
     from rich.text import Text
 
-    return Text(value, no_wrap=True, overflow="ellipsis")
+    return Text(plain_line(value), no_wrap=True, overflow="ellipsis")

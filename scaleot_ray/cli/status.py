@@ -11,6 +11,7 @@ import typer
 from scaleot_ray.cli.bars import clock
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption
 from scaleot_ray.cli.output import working
+from scaleot_ray.cli.tables import cell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,11 +58,10 @@ def _show(console: Console, document: Mapping[str, Any]) -> None:
         first = (str(one["number"]), one["state"], took)
         for number, part in enumerate(one["tenants"]):
             times = f"{part['attempts']} ×" if part["attempts"] else ""
-            table.add_row(
-                *(first if not number else ("", "", "")), part["name"], part["state"], times, part["reason"] or ""
-            )
+            cells = (part["name"], part["state"], times, part["reason"] or "")
+            table.add_row(*(first if not number else ("", "", "")), *map(cell, cells))
         if one["reason"]:
-            table.add_row("", "", "", "", "", "", one["reason"])
+            table.add_row("", "", "", "", "", "", cell(one["reason"]))
     console.print(table)
     if document["aggregate"]:
         found = document["aggregate"]

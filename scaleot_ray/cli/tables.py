@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from scaleot_ray.plain_text import plain_line
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 ROW_TITLES = {
     "full_zero_shot": "full zero-shot",
@@ -45,7 +48,7 @@ def show_standard_table(console: Console, tenants: Sequence[Mapping[str, Any]]) 
     for tenant in tenants:
         gain = tenant.get("gain") or {}
         if tenant.get("full_tuned") is not None and not gain.get("usable") and gain.get("reason"):
-            console.print(f"G of {tenant['name']}: {gain['reason']}", style="dim")
+            console.print(cell(f"G of {tenant['name']}: {gain['reason']}"), style="dim")
 
 
 def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
@@ -58,7 +61,7 @@ def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str,
     cells = []
     for name, measure, values in columns:
         title = "loss, nats ↓ (perplexity)" if "perplexity" in values else MEASURES.get(measure, measure)
-        table.add_column(f"{name}\n{title}", justify="right")
+        table.add_column(cell(name) + f"\n{title}", justify="right")
         gains = (gain_text(values.get("gain")), gain_text(values.get("aggregate_gain")))
         cells.append([*(score_text(values, row) for row in rows), delta_text(values), *gains])
     *scores, delta, gain, gain_in_common = zip(*cells, strict=True)
@@ -72,6 +75,13 @@ def _show_table(console: Console, columns: Sequence[tuple[str, str, Mapping[str,
     if any(values.get("aggregate_gain") is not None for _, _, values in columns):
         table.add_row("G of the aggregate", *gain_in_common)
     console.print(table)
+
+
+def cell(text: str) -> Text:
+    """What another party may have written, as it is: no markup, no control characters, one line."""
+    from rich.text import Text
+
+    return Text(plain_line(text))
 
 
 def delta_text(values: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption
 from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.tables import cell
 from scaleot_ray.cli.status import RunArgument
 from scaleot_ray.errors import ConfigError
 
@@ -110,5 +111,5 @@ def _show(console: Console, document: Mapping[str, Any]) -> None:
         refused = "; ".join(f"{found['count']} × {found['reason']}" for found in one["refusals"])
         plug_in = one["plug_in"]
         made = f"round {plug_in['round']}, {plug_in['digest'][:12]}…" if plug_in else ""
-        table.add_row(one["name"], state, str(one["submissions"]), refused, made)
+        table.add_row(*map(cell, (one["name"], state, str(one["submissions"]), refused, made)))
     console.print(table)
