@@ -10,8 +10,8 @@ import typer
 
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption
 from scaleot_ray.cli.output import Output, working
-from scaleot_ray.cli.tables import cell
 from scaleot_ray.cli.status import RunArgument
+from scaleot_ray.cli.tables import cell
 from scaleot_ray.errors import ConfigError
 
 if TYPE_CHECKING:

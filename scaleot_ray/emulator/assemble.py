@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from scaleot_ray.artifacts import Artifact
@@ -15,6 +14,7 @@ from scaleot_ray.emulator.layer_map import LayerRole
 from scaleot_ray.emulator.rank_compression import LowRankLinear
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import Family, family_of, hidden_size
+from scaleot_ray.families.config_fields import read_config
 from scaleot_ray.families.loading import empty_model
 
 
@@ -33,12 +33,14 @@ def emulator_content(manifest: Manifest) -> EmulatorContent:
 
 
 def emulator_config(manifest: Manifest) -> Any:
-    """The Hugging Face config of the model that the emulator stands for."""
-    values = dict(manifest.model_config_json or {})
-    # How attention is computed is the receiver's business; a sender's wish could name code to be fetched.
-    for wish in ("attn_implementation", "_attn_implementation", "auto_map"):
-        values.pop(wish, None)
-    return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
+    """The Hugging Face config of the model that the emulator stands for.
+
+    How attention is computed is the receiver's business; a sender's wish could name code to be fetched.
+
+    Raises:
+        ArtifactRefused: the artefact is no emulator, or its config is not that of its layers.
+    """
+    return read_config(manifest.model_config_json, len(emulator_content(manifest).layer_map))
 
 
 def assemble(artifact: Artifact, device: torch.device | str = "cpu") -> Any:

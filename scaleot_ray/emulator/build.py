@@ -32,6 +32,7 @@ from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
 from scaleot_ray.families import as_stored, dense_weight, layer_count
+from scaleot_ray.families.config_fields import architecture_fields
 from scaleot_ray.families.loading import BaseModel, tokenizer_files
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
@@ -127,7 +128,7 @@ def build_emulator(
         tensors,
         files={**tokenizer_files(base.tokenizer), **licence_files(base.licence)},
         family=base.family.name,
-        model_config=base.model.config.to_dict(),
+        model_config=architecture_fields(base.model.config.to_dict()),
         base_model=model_name(base.name),
         licence=licence_notice(base.licence),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.families.sources import resolve_source
 
-_FILES = ("tokenizer.json", "tokenizer_config.json")
+_CONFIG = "tokenizer_config.json"
+_FILES = ("tokenizer.json", _CONFIG)
+# What makes up a tokenizer beside tokenizer.json; all else in its config is its owner's business.
+_KEPT = {
+    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "split_special_tokens"),
+    *("backend", "chat_template", "chat_control_tokens", "response_template", "model_input_names", "tokenizer_class"),
+    *("model_max_length", "padding_side", "truncation_side"),
+}
 
 
 def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
@@ -56,10 +65,26 @@ def _as_in_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """``tokenizer.json`` and ``tokenizer_config.json`` (chat template inside) as bytes by file name."""
+    """``tokenizer.json`` and ``tokenizer_config.json`` (chat template inside) as bytes by file name.
+
+    Of the config only what the tokenizer is made of, whatever else its owner's file says.
+    """
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory, save_jinja_files=False)
-        return {name: Path(directory, name).read_bytes() for name in _FILES}
+        files = {name: Path(directory, name).read_bytes() for name in _FILES}
+    config = _made_of(json.loads(files[_CONFIG]), tokenizer.get_vocab())
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return {**files, _CONFIG: text.encode()}
+
+
+def _made_of(config: dict[str, Any], vocabulary: Container[str]) -> dict[str, Any]:
+    """The keys of a tokenizer's config that make it up; of special tokens those that it knows."""
+
+    def token(key: str, value: Any) -> bool:
+        content = value.get("content") if isinstance(value, dict) else value
+        return key.endswith("_token") and isinstance(content, str) and content in vocabulary
+
+    return {key: value for key, value in config.items() if key in _KEPT or token(key, value)}
 
 
 def load_tokenizer(files: dict[str, bytes]) -> PreTrainedTokenizerBase:

@@ -315,6 +315,23 @@ def test_models_of_other_types_get_emulators_of_their_type(dtype):
 def test_a_sender_does_not_choose_the_receivers_attention_code():
     base = _base()
     artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
-    config = {**artifact.manifest.model_config_json, "attn_implementation": "somebody/kernel", "auto_map": {"x": "y"}}
-    artifact.manifest = artifact.manifest.model_copy(update={"model_config_json": config})
+    own, manifest = artifact.manifest.model_config_json, artifact.manifest
+    config = {**own, "attn_implementation": "somebody/kernel", "auto_map": {"x": "y"}}
+    artifact.manifest = manifest.model_copy(update={"model_config_json": config})
+    assert torch.isfinite(_logits(assemble(artifact))).all()
+    config = {**own, "attribute_map": {"zz": "_attn_implementation_internal"}, "zz": "somebody/kernel"}
+    artifact.manifest = manifest.model_copy(update={"model_config_json": config})
+    for read in (assemble, check_crossing):
+        with pytest.raises(ArtifactRefused, match="'attribute_map' is no part"):
+            read(artifact)
+
+
+def test_what_the_owners_files_say_besides_stays_at_home():
+    base = _base()
+    base.model.config.internal_notes = "s3://owner/model"
+    base.model.config.id2label = {0: "s3://owner/label"}
+    base.tokenizer.init_kwargs["internal_notes"] = "s3://owner/tokenizer"
+    artifact = emulator_artifact(base, _stage_one(base), _settings(), FACTS)
+    assert "s3://owner" not in json.dumps(artifact.manifest.model_config_json)
+    assert not any(b"s3://owner" in data for data in artifact.files.values())
     assert torch.isfinite(_logits(assemble(artifact))).all()
