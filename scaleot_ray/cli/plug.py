@@ -80,14 +80,19 @@ def plug(settings: PlugSettings, out: Output) -> None:
         from scaleot_ray.artifacts.crossing import audit_beside, receive
         from scaleot_ray.artifacts.storage import read_files, read_manifest
         from scaleot_ray.families.loading import load_base_model
+        from scaleot_ray.plugin import check_form, check_place
         from scaleot_ray.processors import use_usable_cores
         from scaleot_ray.stages.plug import plug_in
+        from scaleot_ray.tuning import from_artifact
 
         use_usable_cores()
-        # The artefacts are read first: they are refused before a large model is loaded.
+        # Before anything is read, and the artefacts before a large model: what cannot work is refused at once.
+        inputs = {"model.path": settings.model.path, "emulator": settings.emulator, "delta": settings.delta}
+        check_place(settings.output, settings.overwrite, inputs)
         manifest, audit = read_manifest(settings.emulator), audit_beside(settings.output)
         files = read_files(settings.emulator, manifest)
         delta = receive(settings.delta, "delta", data_owner(settings.name), MODEL_OWNER, audit, parent=manifest)
+        check_form(from_artifact(delta).method, settings.adapter)
         directory = plug_in(
             load_base_model(settings.model),
             delta,
@@ -110,6 +115,6 @@ def plug(settings: PlugSettings, out: Output) -> None:
 
     def show(console: Console) -> None:
         what = "PEFT adapter" if settings.adapter else "checkpoint"
-        console.print(f"{what} written to {directory}")
+        console.print(f"{what} written to {directory}", markup=False, soft_wrap=True)
 
     out.result(document, show)

@@ -129,10 +129,12 @@ def tune(settings: TuneCommandSettings, out: Output) -> None:
     def show(console: Console) -> None:
         console.print(
             f"tuned {settings.tune.method} in {clock(result.seconds)}; "
-            f"the delta is {bytes_text(result.delta.nbytes)} in {result.directory / 'delta'}"
+            f"the delta is {bytes_text(result.delta.nbytes)} in {result.directory / 'delta'}",
+            markup=False,
+            soft_wrap=True,
         )
         for name, value in result.metrics.items():
-            console.print(f"  {name}  {value:.4g}")
+            console.print(f"  {name}  {value:.4g}", markup=False)
         if result.validation:
             step, loss = min(result.validation, key=lambda evaluation: evaluation[1])
             taken = "" if settings.tune.patience is not None else "; without tune.patience the last weights are taken"

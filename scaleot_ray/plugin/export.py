@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,62 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from scaleot_ray.artifacts.atomic import atomic_directory
+from scaleot_ray.artifacts.atomic import atomic_directory, check_replaceable
 from scaleot_ray.checkpoints import as_os_error
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.families import family_of
 from scaleot_ray.families.loading import BaseModel, empty_model, tokenizer_files
-from scaleot_ray.plugin.merge import merged_weights
+from scaleot_ray.plugin.merge import check_mergeable, merged_weights
 from scaleot_ray.plugin.plug import check_fits
 from scaleot_ray.tuning.delta import Delta
 from scaleot_ray.tuning.lora import peft_config, target_modules
+
+EXPORT_FILE = "scaleot_export.json"
+"""Lies in every export: a folder without it may be somebody's model and is never replaced."""
+
+
+def check_form(method: str, adapter: bool) -> None:
+    """Refuses a delta that cannot be written in this form, before the model is there.
+
+    Args:
+        method: of the delta.
+        adapter: a PEFT adapter instead of a merged checkpoint.
+
+    Raises:
+        ConfigError: names the method.
+    """
+    if not adapter:
+        check_mergeable(method)
+    elif method != "lora":
+        raise ConfigError(
+            f"A PEFT adapter holds low-rank pairs, but the delta's method is {method!r}.",
+            "Write a merged checkpoint instead (method layers), keep the delta plugged at run time (bottleneck), "
+            "or tune with the method lora.",
+        )
+
+
+def check_place(directory: str | Path, overwrite: bool, inputs: Mapping[str, str | Path] | None = None) -> None:
+    """Refuses a folder that an export would not be written to, before the model is there.
+
+    Args:
+        directory: of the export.
+        overwrite: replace an earlier export there.
+        inputs: what the export is made from, by the setting that names it; what is no path here does not matter.
+
+    Raises:
+        ConfigError: it is there already and ``overwrite`` is off, it is no earlier export, or it is, holds or lies
+            in an input.
+    """
+    target = Path(directory).expanduser().resolve()
+    for key, place in (inputs or {}).items():
+        path = Path(place).expanduser()
+        source = path.resolve()
+        if path.exists() and (target == source or target in source.parents or source in target.parents):
+            raise ConfigError(
+                f"output: {target} and {key} ({source}) are the same folder, or one lies in the other.",
+                "Choose a folder of its own for the result.",
+            )
+    check_replaceable(target, EXPORT_FILE, overwrite)
 
 
 def export_checkpoint(
@@ -38,9 +86,10 @@ def export_checkpoint(
         ConfigError: the delta is a ``bottleneck``, the model has a delta in it, or the folder exists.
         ResourcesMissing: the disk is full; nothing is left behind.
     """
+    check_place(directory, overwrite)
     merged = merged_weights(base.model, base.family, delta, scale)
     needed = sum(parameter.nbytes for parameter in base.model.parameters())
-    with atomic_directory(directory, needed, "config.json", overwrite) as partial:
+    with atomic_directory(directory, needed, EXPORT_FILE, overwrite) as partial:
         try:
             base.model.save_pretrained(partial, state_dict={**base.model.state_dict(), **merged})
         except SafetensorError as error:
@@ -52,6 +101,7 @@ def export_checkpoint(
         values = json.loads(config.read_text())
         values.pop("use_cache", None)
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        _mark(partial, "checkpoint", delta, scale)
     return Path(directory)
 
 
@@ -79,12 +129,8 @@ def export_peft(
         ConfigError: the delta is no ``lora`` delta, or the folder exists.
         ResourcesMissing: the disk is full; nothing is left behind.
     """
-    if delta.method != "lora":
-        raise ConfigError(
-            f"A PEFT adapter holds low-rank pairs, but the delta's method is {delta.method!r}.",
-            "Write a merged checkpoint instead (method layers), keep the delta plugged at run time (bottleneck), "
-            "or tune with the method lora.",
-        )
+    check_form(delta.method, adapter=True)
+    check_place(directory, overwrite)
     family = family_of(config)
     model = empty_model(config, torch.float32)
     check_fits(model, family, delta, scale)
@@ -96,10 +142,16 @@ def export_peft(
         for name, tensor in delta.tensors.items()
     }
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    with atomic_directory(directory, needed, "adapter_config.json", overwrite) as partial:
+    with atomic_directory(directory, needed, EXPORT_FILE, overwrite) as partial:
         settings.save_pretrained(str(partial))
         try:
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:
             raise as_os_error(error) from error
+        _mark(partial, "peft_adapter", delta, scale)
     return Path(directory)
+
+
+def _mark(directory: Path, form: str, delta: Delta, scale: float) -> None:
+    values = {"schema": "scaleot.export/1", "form": form, "method": delta.method, "scale": scale}
+    (directory / EXPORT_FILE).write_text(json.dumps(values, indent=2) + "\n")

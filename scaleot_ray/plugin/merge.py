@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from scaleot_ray.errors import ConfigError
+from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.families import Family
 from scaleot_ray.plugin.plug import check_fits
 from scaleot_ray.tuning.delta import Delta
@@ -34,16 +34,37 @@ def merged_weights(model: Any, family: Family, delta: Delta, scale: float = 1.0)
     """The parameters that merging changes, by name, as new tensors; the model stays as it is.
 
     Raises:
-        ArtifactRefused, ConfigError: as :func:`merge`.
+        ArtifactRefused, ConfigError: as :func:`merge`; also where a merged value is not finite in the weight's type.
     """
     check_fits(model, family, delta, scale)
     if is_attached(model):
         raise ConfigError("The model has a delta in it already.", "Unplug it before merging.")
-    if delta.method == "bottleneck":
+    check_mergeable(delta.method)
+    merged = _merged(model, family, delta, scale)
+    for name, tensor in merged.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactRefused(
+                f"Delta ({delta.method}): with it, {name!r} has values that {tensor.dtype} cannot hold.",
+                "Give a smaller scale, or build, tune and plug with model.dtype bfloat16 or float32, which hold larger "
+                "values; such a large change may also be a tuning that went wrong.",
+            )
+    return merged
+
+
+def check_mergeable(method: str) -> None:
+    """Refuses a method whose deltas cannot become part of the model's own weights.
+
+    Raises:
+        ConfigError: it is ``bottleneck``.
+    """
+    if method == "bottleneck":
         raise ConfigError(
             "A bottleneck delta adds a layer with an activation and cannot be merged into the model's weights.",
             "Keep it plugged at run time (scaleot_ray.plugin.plug), or tune with the method lora or layers instead.",
         )
+
+
+def _merged(model: Any, family: Family, delta: Delta, scale: float) -> dict[str, torch.Tensor]:
     if delta.method == "layers":
         return {name: changed(model.get_parameter(name).data, tensor, scale) for name, tensor in delta.tensors.items()}
     factor, result = scale * alpha_of(delta.settings) / rank_of(delta.settings), {}

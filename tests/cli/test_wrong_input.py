@@ -174,3 +174,35 @@ def test_blocks_longer_than_the_context(place: Path, warm: Warm) -> None:
     done = warm.scaleot("tune", "--emulator", "emulator", "--train", "train.jsonl", "--output", "x", cwd=place)
     assert done.code == 2
     assert "tune.block_size" in done.err
+
+
+def test_what_plug_cannot_write_is_refused_before_the_model_is_loaded(place: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"loading this would fail")
+    (tmp_path / "there").mkdir()
+    tuned = ["tune", "--emulator", place / "emulator", "--train", place / "train.jsonl", *TUNE]
+    for method in ("layers", "bottleneck"):
+        assert warm.scaleot(*tuned, "--method", method, "--output", method, cwd=tmp_path).code == 0
+    plug = ["plug", "--model", "model", "--emulator", place / "emulator", "--delta"]
+    for delta, more, problem in (
+        (place / "tuned" / "delta", ["--output", "there"], "exists already"),
+        (place / "tuned" / "delta", ["--output", "model", "--overwrite"], "are the same folder"),
+        (place / "tuned" / "delta", ["--output", place / "emulator" / "out"], "are the same folder"),
+        ("bottleneck/delta", ["--output", "out"], "cannot be merged"),
+        ("layers/delta", ["--output", "out", "--adapter"], "the delta's method is 'layers'"),
+        (place / "tuned" / "delta", ["--output", "out"], "the weights of"),
+    ):
+        done = warm.scaleot(*plug, delta, *more, cwd=tmp_path)
+        assert (done.code, problem in done.err) == (2, True), done.err
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_a_folder_whose_name_looks_like_markup(place: Path, tmp_path: Path, warm: Warm) -> None:
+    plug = ["plug", "--model", place / "model", "--emulator", place / "emulator", "--delta", place / "tuned" / "delta"]
+    done = warm.scaleot(*plug, "--output", "out[/x] [v2]/model", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.endswith("written to out[/x] [v2]/model\n")
+    tune = ["tune", "--emulator", place / "emulator", "--train", place / "train.jsonl", *TUNE]
+    done = warm.scaleot(*tune, "--output", "tuned[/x] [v2]", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.rstrip().endswith("in tuned[/x] [v2]/delta")

@@ -13,7 +13,8 @@ from scaleot_ray.config import ModelSettings
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
 from scaleot_ray.families import family_of
 from scaleot_ray.families.loading import BaseModel, load_base_model
-from scaleot_ray.plugin import export_checkpoint, export_peft, merged_weights, plug
+from scaleot_ray.plugin import check_place, export_checkpoint, export_peft, merged_weights, plug
+from scaleot_ray.plugin.export import EXPORT_FILE
 from tests.plugin.deltas import random_delta
 from tests.plugin.test_plug import identical, logits
 from tests.tiny_models import TINY, save_tiny, tiny_model
@@ -77,6 +78,7 @@ def test_a_peft_adapter_gives_the_plugged_logits(architecture: str, scale: float
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "scaleot_export.json",
     ]
     adapted = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(adapted), plugged)
@@ -147,6 +149,23 @@ def test_a_folder_that_exists(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not overwritten"):
         export(overwrite=True)
     assert (out / "photo.jpg").exists()
+    out = save_tiny(tmp_path / "other-model")
+    (out / "adapter_config.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ConfigError, match=r"holds no scaleot_export\.json"):
+        export(overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_export_never_lies_over_what_it_is_made_from(tmp_path: Path) -> None:
+    model, link = save_tiny(tmp_path / "models" / "base"), tmp_path / "link"
+    (model / EXPORT_FILE).write_text("{}")  # it may be an earlier export itself
+    link.symlink_to(model)
+    for place in (model, link, model / "inside", tmp_path / "models"):
+        with pytest.raises(ConfigError, match=r"output: .* and model\.path"):
+            check_place(place, True, {"delta": tmp_path / "none", "model.path": model})
+    check_place(tmp_path / "models" / "base2", True, {"model.path": model, "emulator": "somebody/id"})
+    check_place(model, True)
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter"])

@@ -72,3 +72,14 @@ def test_a_delta_that_does_not_fit_is_refused() -> None:
     delta.tensors.popitem()
     with pytest.raises(ArtifactRefused, match="is missing"):
         merge(model, family_of(model.config), delta)
+
+
+@pytest.mark.parametrize("method", ["layers", "lora"])
+def test_what_the_weights_type_cannot_hold_is_refused(method: str) -> None:
+    model = tiny_model("llama").half()
+    family, delta, before = family_of(model.config), random_delta(model, method, size=1.0), bits(model)
+    assert merged_weights(model, family, delta)
+    with pytest.raises(ArtifactRefused, match=r"'model\.layers\..* that torch\.float16 cannot hold") as refused:
+        merge(model, family, delta, scale=1e6)
+    assert "smaller scale" in refused.value.remedy
+    assert identical(model, before)
