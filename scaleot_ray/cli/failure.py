@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +67,33 @@ def explain(error: BaseException) -> Failure:
             "Use a smaller batch_size or block_size (--set), or a machine with more memory; "
             "`scaleot doctor` shows what there is.",
         )
-    path = write_trace(error)
+    written = write_trace(error)
+    where = f"is in {written}; --debug shows it here" if written else "could not be written; --debug shows it here"
     first = (str(error).strip().splitlines() or ["(no message)"])[0]
     return Failure(
         RunFailed.exit_code,
         type(error).__name__,
         f"unexpected {type(error).__name__}: {first[:300]}",
-        f"The full trace is in {path}; --debug shows it here. Please report it with the command you ran.",
+        f"The full trace {where}. Please report it with the command you ran; it may quote values of rows.",
     )
 
 
-def write_trace(error: BaseException) -> Path:
-    """Writes the stack trace of ``error`` to a file of its own in the temporary folder."""
-    name = f"scaleot-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    path = Path(tempfile.gettempdir()) / name
-    path.write_text(f"{' '.join(sys.argv)}\n\n{trace(error)}", encoding="utf-8")
-    return path
+def write_trace(error: BaseException) -> Path | None:
+    """Writes the stack trace of ``error`` to a file of its own in the temporary folder, for its owner alone.
+
+    None where that is not possible, such as on a full disk: what went wrong first is what counts.
+    """
+    place = None
+    try:
+        handle, place = tempfile.mkstemp(".txt", f"scaleot-error-{time.strftime('%Y%m%d-%H%M%S')}-")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{' '.join(sys.argv)}\n\n{trace(error)}")
+    except OSError:
+        if place is not None:
+            with suppress(OSError):
+                os.unlink(place)
+        return None
+    return Path(place)
 
 
 def trace(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from scaleot_ray.errors import (
     ScaleOTError,
     UnsupportedArchitectureError,
 )
+from tests.full_disk import largest_file
 
 
 @pytest.mark.parametrize(
@@ -76,3 +77,27 @@ def test_the_unexpected_leaves_its_trace_in_a_file(tmp_path: Path, monkeypatch: 
     assert str(file) in failure.remedy
     assert "Traceback" in file.read_text()
     assert "Traceback" not in failure.as_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_trace_follows_no_link_that_somebody_laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / f"scaleot-error-20260101-000000-{os.getpid()}.txt").symlink_to(mine)
+    failure = explain(KeyError("absent"))
+    (written,) = [path for path in tmp_path.glob("scaleot-error-*") if not path.is_symlink()]
+    assert str(written) in failure.remedy
+    assert mine.read_text() == "mine"
+
+
+def test_where_no_trace_can_be_written_the_error_is_still_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    failure = explain(KeyError("absent"))
+    assert (failure.code, failure.message) == (5, "unexpected KeyError: 'absent'")
+    assert "could not be written; --debug shows it" in failure.remedy
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with largest_file(10):
+        assert "could not be written" in explain(KeyError("absent")).remedy
+    assert list(tmp_path.iterdir()) == []
