@@ -52,7 +52,7 @@ def demo_command(
     with working(context, "Run the same command again: finished parts are reused, the rest goes on.") as out:
         settings = demo_settings(model, Path(output), overrides)
         if fresh:
-            forget(Path(output))
+            forget(Path(settings.output))
         run(settings, out)
 
 

@@ -104,6 +104,17 @@ def test_forget_leaves_foreign_folders_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "not there").exists()
 
 
+@pytest.mark.parametrize("given", ["option", "setting"])
+def test_a_fresh_demo_forgets_the_folder_that_it_goes_to(given: str, tmp_path: Path, warm: Warm) -> None:
+    for name in ("here", "elsewhere"):
+        (tmp_path / name / "tenants").mkdir(parents=True)
+        (tmp_path / name / "audit.jsonl").write_text("")
+    chosen = ["--output", "here"] if given == "option" else ["--output", "elsewhere", "--set", "output=here"]
+    done = warm.scaleot("demo", "--model", tmp_path / "none", *chosen, "--fresh", cwd=tmp_path)
+    assert (done.code, "does not exist" in done.err) == (2, True), done.err
+    assert [name for name in ("here", "elsewhere") if (tmp_path / name / "tenants").exists()] == ["elsewhere"]
+
+
 def test_the_demo_with_another_model_until_interrupted(place: Path, tmp_path: Path) -> None:
     settings = [f"--set=stage_one.{item}" for item in ("steps=2000", "block_size=32", "harmonizer_rank=8")]
     arguments = [
