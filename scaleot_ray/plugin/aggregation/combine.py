@@ -64,9 +64,11 @@ def trimmed_at_each_end(count: int, trim: float) -> int:
     left_out = math.floor(trim * count + 1e-9)
     if trim > 0 and left_out == 0:
         enough = math.ceil(1000 / count) / 1000
+        # Of one or two deltas no share below one half is a whole delta.
+        higher = f"Set it to {enough:g} or more (below 0.5), use" if enough < 0.5 else "Use"
         raise ConfigError(
             f"aggregation.trim: {trim:g} of {count} deltas is less than one, so none would be left out.",
-            f"Set it to {enough:g} or more (below 0.5), use method median, or wait for more data owners.",
+            f"{higher} method median, or wait for more data owners.",
         )
     return left_out
 

@@ -116,6 +116,10 @@ def test_a_trim_that_leaves_none_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"0\.1 of 3 deltas is less than one") as refused:
         aggregate(given, AggregationSettings(method="trimmed_mean"))
     assert "0.334" in refused.value.remedy
+    for few in (1, 2):  # no share below one half is a whole delta of so few
+        with pytest.raises(ConfigError, match="is less than one") as refused:
+            aggregate(given[:few], AggregationSettings(method="trimmed_mean", trim=0.4))
+        assert refused.value.remedy == "Use method median, or wait for more data owners."
 
 
 def test_a_delta_that_changed_on_disk_is_refused(tmp_path: Path) -> None:
