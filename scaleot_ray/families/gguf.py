@@ -39,10 +39,13 @@ def gguf_metadata(path: Path) -> dict[str, Value]:
                     raise ConfigError(f"model.path: {path} is no GGUF file of version 2 or 3.", remedy)
                 values, at = _entries(data)
                 alignment = int(values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+                if alignment < 1:
+                    raise ConfigError(f"model.path: {path} is damaged: its general.alignment is {alignment}.", remedy)
                 names, end = _tensors(data, at, alignment)
                 missing = end - len(data)
-        # mmap refuses an empty file with ValueError; struct says when the data ends too early.
-        except (struct.error, ValueError, KeyError):
+        # mmap refuses an empty file with ValueError; struct says when the data ends too early. Numbers that are no
+        # sizes overflow, arrays in arrays without end recurse.
+        except (struct.error, ValueError, KeyError, ArithmeticError, RecursionError):
             raise ConfigError(f"model.path: {path} is cut short or damaged: its header ends early.", remedy) from None
     if missing > 0:
         raise ConfigError(f"model.path: {path} is cut short: {missing} bytes of its tensors are missing.", remedy)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -135,27 +136,31 @@ def directory_config(directory: Path) -> Any:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"model.path: {directory} holds no config.json.", remedy) from None
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(
+            f"model.path: {directory / 'config.json'} cannot be read ({error.strerror or error}).", remedy
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"model.path: {directory / 'config.json'} is no valid JSON ({error}).", remedy) from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise ConfigError(f"model.path: {directory / 'config.json'} names no model_type.", remedy)
     family_of(SimpleNamespace(model_type=values["model_type"]))
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown method")
+    if quantised := values.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ConfigError(
             f"model.path: the weights in {directory} are quantised ({method}).",
             "Give the unquantised checkpoint, or a .gguf file, which is unpacked on loading.",
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # a config class may raise anything on values that it did not write
         raise ConfigError(f"model.path: {directory / 'config.json'} is refused: {error}", remedy) from None
 
 
 def _gguf_config(file: Path, architecture: str) -> Any:
     try:
         return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, StrictDataclassError):
         raise UnsupportedArchitectureError(
             f"model.path: transformers cannot read the GGUF architecture {architecture!r} of {file}.",
             "Use the model's Hugging Face directory instead, or a GGUF file of a Llama-like architecture.",

@@ -69,7 +69,7 @@ def _from_header(metadata: dict[str, Value]) -> ModelSize:
         value = metadata.get(f"{metadata.get('general.architecture')}.{key}", default)
         return int(value) if isinstance(value, int | float) else default
 
-    width, heads = number("embedding_length"), number("attention.head_count", 1)
+    width, heads = number("embedding_length"), max(number("attention.head_count", 1), 1)
     keys = width * number("attention.head_count_kv", heads) // heads
     # Gate, up and down; query and output; key and value; norms and biases are a rounding error beside them.
     layer = 3 * width * number("feed_forward_length", 4 * width) + 2 * width * width + 2 * width * keys

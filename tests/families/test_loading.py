@@ -177,6 +177,29 @@ def test_quantised_directories_are_refused(tmp_path: Path) -> None:
     config = json.loads((save_tiny(tmp_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     assert "quantised (gptq)" in _refused(tmp_path).problem
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": "awq"}))
+    assert "quantised (awq)" in _refused(tmp_path).problem
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"rope_parameters": 3}, {"layer_types": "all"}, {"dtype": "?"}],
+)
+def test_a_config_with_values_of_another_kind_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    config = json.loads((save_tiny(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+    error = _refused(tmp_path)
+    assert f"{tmp_path / 'config.json'} is refused" in error.problem
+    assert error.exit_code == 2
+
+
+def test_a_config_that_is_no_file_or_no_end_is_refused(tmp_path: Path) -> None:
+    config = save_tiny(tmp_path) / "config.json"
+    config.write_text("[" * 100_000)
+    assert f"{config} is no valid JSON" in _refused(tmp_path).problem
+    config.unlink()
+    config.mkdir()
+    assert f"{config} cannot be read (Is a directory)" in _refused(tmp_path).problem
 
 
 def test_a_missing_tokenizer_is_named_and_may_come_from_elsewhere(tmp_path: Path) -> None:
@@ -416,6 +439,17 @@ def test_gguf_metadata_is_read_without_the_tensors(tmp_path: Path) -> None:
     assert "tokenizer.ggml.tokens" not in metadata
     assert metadata["tokenizer.ggml.eos_token_id"] == 2
     assert metadata["tokenizer.ggml.tokens.length"] == 97
+
+
+def test_gguf_numbers_that_are_no_sizes_are_refused(tmp_path: Path) -> None:
+    for name, alignment in (("zero", 0), ("float", float("inf"))):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        writer.add_key_value("general.alignment", alignment, gguf.GGUFValueType.get_type(alignment))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    assert "zero.gguf is damaged: its general.alignment is 0" in _refused(tmp_path / "zero.gguf").problem
+    assert "float.gguf is cut short or damaged" in _refused(tmp_path / "float.gguf").problem
 
 
 @pytest.mark.parametrize("vocab_size", [True, False])
