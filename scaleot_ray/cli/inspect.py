@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +12,20 @@ import typer
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption
 from scaleot_ray.cli.output import working
 from scaleot_ray.cli.tables import bytes_text, cell
+from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.plain_text import plain_line, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from scaleot_ray.cli.output import Output
+
+
+_LOG_LIMIT = 256 << 20
+_LINE_LIMIT = 1 << 20
+_FIRST_LINES = 64
+"""Bytes of a log and of one line of it, and so many lines in which the first crossing must be."""
+_WORDS = ("time", "sender", "recipient", "kind", "digest", "decision")
 
 
 def inspect_command(
@@ -76,12 +85,17 @@ def _inspect_artifact(out: Output, directory: Path) -> None:
 
 def _inspect_audit_log(out: Output, path: Path) -> None:
     from scaleot_ray.artifacts.audit import AuditLog
-    from scaleot_ray.errors import ArtifactRefused
 
+    _check_looks_like_a_log(path)
     log = AuditLog(path)
-    crossings = log.read()
-    if log.damaged and not crossings:
-        raise ArtifactRefused(f"{path}: is no audit log.", "Give audit.jsonl of a run, or the folder of an artefact.")
+    try:
+        crossings = log.read()
+    except RecursionError:
+        raise _no_log(path) from None
+    if not crossings:
+        raise _no_log(path)
+    for number, crossing in enumerate(crossings, start=1):
+        _check_crossing(path, number, crossing)
     if log.broken:
         raise ArtifactRefused(
             f"{path}: lines are missing or altered before line {log.broken[0]}"
@@ -96,6 +110,41 @@ def _inspect_audit_log(out: Output, path: Path) -> None:
         "crossings": crossings,
     }
     out.result(document, lambda console: _show_audit_log(console, document))
+
+
+def _check_looks_like_a_log(path: Path) -> None:
+    """Refuses another file before it is read whole: the log may be another party's."""
+    found = False
+    with path.open("rb") as file:
+        if path.stat().st_size > _LOG_LIMIT:
+            raise _no_log(path, f"has more than {bytes_text(_LOG_LIMIT)}")
+        for number in itertools.count():
+            line = file.readline(_LINE_LIMIT + 1)
+            found = found or b'"decision"' in line
+            if not found and (not line or number == _FIRST_LINES):
+                raise _no_log(path)
+            if len(line) > _LINE_LIMIT:
+                raise _no_log(path, f"has a line of more than {bytes_text(_LINE_LIMIT)}")
+            if not line:
+                return
+
+
+def _check_crossing(path: Path, number: int, crossing: Mapping[str, Any]) -> None:
+    """Refuses a crossing with values that no log has; read() has seen that all keys are there."""
+    wrong = [key for key in _WORDS if not isinstance(crossing[key], str)]
+    if not isinstance(crossing["reason"], str | None):
+        wrong.append("reason")
+    size = crossing["bytes"]
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 63:
+        wrong.append("bytes")
+    if wrong:
+        raise _no_log(path, f"its crossing {number} has a wrong value of {', '.join(map(repr, wrong))}")
+
+
+def _no_log(path: Path, why: str = "") -> ArtifactRefused:
+    return ArtifactRefused(
+        f"{path}: is no audit log{': ' * bool(why)}{why}.", "Give audit.jsonl of a run, or the folder of an artefact."
+    )
 
 
 def _show_audit_log(console: Console, document: Mapping[str, Any]) -> None:

@@ -108,10 +108,12 @@ class TestProgress:
         with os.fdopen(side, "w") as stream, ProgressBars(stream) as bars:
             bars(Progress("tune alice", 3, 10, 2.5))
             bars(Progress("tune bob", 4, 10))
+            bars(Progress("tune [/x]", 4, 10))
             bars(Progress("tune alice", 10, 10, 2.25))
         text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", _all_of(main))
         assert "10/10 loss 2.250" in text
         assert "tune bob" in text
+        assert "tune [/x]" in text
 
     def test_figures_are_those_there_are(self) -> None:
         assert figures(Progress("s", 1, 2)) == ""

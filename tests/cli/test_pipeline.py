@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scaleot_ray.artifacts.audit import AuditLog
 from tests.cli.command import Warm
 from tests.cli.conftest import BUILD, TUNE
 from tests.cli.test_documents import undocumented
@@ -275,6 +276,40 @@ class TestInspect:
         done = warm.scaleot("inspect", "model/config.json", cwd=place)
         assert done.code == 3
         assert "model/config.json: is no audit log" in done.err
+
+    @pytest.mark.parametrize(
+        ("change", "problem"),
+        [
+            ({"bytes": "x"}, "crossing 2 has a wrong value of 'bytes'"),
+            ({"bytes": 10**400}, "crossing 2 has a wrong value of 'bytes'"),
+            ({"digest": 3, "reason": ["x"]}, "crossing 2 has a wrong value of 'digest', 'reason'"),
+            (b"", "is no audit log."),
+            (b"text\n" * 100, "is no audit log."),
+            (b'{"decision":' + b"[" * 100_000, "is no audit log."),
+            (b'"decision"' + b" " * (2 << 20), "has a line of more than"),
+        ],
+    )
+    def test_another_partys_log_may_hold_anything(
+        self, change: bytes | dict[str, object], problem: str, tmp_path: Path, warm: Warm
+    ) -> None:
+        path = tmp_path / "audit.jsonl"
+        if isinstance(change, bytes):
+            path.write_bytes(change)
+        else:
+            log = AuditLog(path)
+            log.record("ann", "model owner", "delta", 10, "0" * 64)
+            log.record(**{"sender": "ann", "recipient": "ben", "kind": "delta", "bytes": 1, "digest": "0"} | change)
+        done = warm.scaleot("inspect", "audit.jsonl", cwd=tmp_path)
+        assert (done.code, done.out) == (3, "")
+        assert f"audit.jsonl: {'' if problem.startswith('is') else 'is no audit log: '}" in done.err
+        assert problem in done.err
+
+    def test_a_log_is_shown_as_text_whatever_its_words(self, tmp_path: Path, warm: Warm) -> None:
+        AuditLog(tmp_path / "audit.jsonl").record("ann[/x]", "ben", "[/x] \x1b[2J", 0, "", "refused", "kind '[/x]'")
+        done = warm.scaleot("inspect", "audit.jsonl", cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert "ann[/x]" in done.out
+        assert "\x1b" not in done.out
 
     @pytest.mark.parametrize("folder", ["tuned/delta", "tuned/metrics"])
     def test_small_artefacts_as_text(self, place: Path, folder: str, warm: Warm) -> None:

@@ -183,7 +183,13 @@ def test_quantised_directories_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"rope_parameters": 3}, {"layer_types": "all"}, {"dtype": "?"}],
+    [
+        {"hidden_size": "abc"},
+        {"num_attention_heads": 0},
+        {"rope_parameters": 3},
+        {"layer_types": "all"},
+        {"dtype": "?"},
+    ],
 )
 def test_a_config_with_values_of_another_kind_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
     config = json.loads((save_tiny(tmp_path) / "config.json").read_text())
