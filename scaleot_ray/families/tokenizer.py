@@ -91,7 +91,7 @@ def load_tokenizer(files: dict[str, bytes]) -> PreTrainedTokenizerBase:
     """The tokenizer out of an artefact's files; other files in ``files`` are left alone.
 
     The class named in the files is not looked up: ``tokenizer.json`` says all there is to tokenizing,
-    and what a party sends must not choose the code that runs.
+    and what a party sends must not choose the code that runs. Keys that make up no tokenizer are left out.
 
     Raises:
         ArtifactRefused: a file is missing or unreadable.
@@ -100,9 +100,14 @@ def load_tokenizer(files: dict[str, bytes]) -> PreTrainedTokenizerBase:
     for name in _FILES:
         if name not in files:
             raise ArtifactRefused(f"The artefact holds no {name}.", remedy)
+    try:
+        sent = json.loads(files[_CONFIG])
+        config = {key: value for key, value in sent.items() if key in _KEPT or key.endswith("_token")}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactRefused(f"{_CONFIG} cannot be read ({error}).", remedy) from None
     with tempfile.TemporaryDirectory() as directory:
-        for name in _FILES:
-            Path(directory, name).write_bytes(files[name])
+        Path(directory, _FILES[0]).write_bytes(files[_FILES[0]])
+        Path(directory, _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         # The tokenizers library raises bare Exception for a damaged file.

@@ -153,5 +153,5 @@ def export_peft(
 
 
 def _mark(directory: Path, form: str, delta: Delta, scale: float) -> None:
-    values = {"schema": "scaleot.export/1", "form": form, "method": delta.method, "scale": scale}
+    values = {"form": form, "method": delta.method, "scale": scale}
     (directory / EXPORT_FILE).write_text(json.dumps(values, indent=2) + "\n")

@@ -266,12 +266,30 @@ def test_every_kind_of_tokenizer_survives_the_files() -> None:
                 assert back(text, add_special_tokens=add)["input_ids"] == expected
 
 
+def test_other_keys_of_a_tokenizers_config_neither_leave_nor_arrive() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs |= {
+        "internal_notes": "s3://owner",
+        "auto_map": {"AutoTokenizer": "x"},
+        "vendor_token": "s3://",
+    }
+    files = tokenizer_files(tokenizer)
+    assert files == tokenizer_files(tiny_tokenizer())
+    sent = {**json.loads(files["tokenizer_config.json"]), "tokenizer_truncation": {"max_length": 1}, "gguf_file": "x"}
+    back = load_tokenizer({**files, "tokenizer_config.json": json.dumps(sent).encode()})
+    assert {"tokenizer_truncation", "gguf_file"}.isdisjoint(back.init_kwargs)
+    assert back("the owner")["input_ids"] == tokenizer("the owner")["input_ids"]
+
+
 def test_tokenizer_files_that_lack_a_file_or_are_damaged_are_refused() -> None:
     files = tokenizer_files(tiny_tokenizer())
     with pytest.raises(ArtifactRefused, match=r"tokenizer_config\.json"):
         load_tokenizer({"tokenizer.json": files["tokenizer.json"]})
     with pytest.raises(ArtifactRefused, match=r"tokenizer\.json"):
         load_tokenizer({**files, "tokenizer.json": files["tokenizer.json"][:100]})
+    for damaged in (b"[]", b"{", b"[" * 100_000):
+        with pytest.raises(ArtifactRefused, match="cannot be read"):
+            load_tokenizer({**files, "tokenizer_config.json": damaged})
 
 
 def test_the_digest_follows_the_weights_and_nothing_else() -> None:
