@@ -6,14 +6,13 @@ on, and no more bytes than those layers: nothing else can travel in it.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from scaleot_ray.artifacts.emulator_gate import model_sizes
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest, TensorEntry
 from scaleot_ray.artifacts.raw_bytes import DTYPES, dtype_name
 from scaleot_ray.artifacts.tensor_roles import emulator_content, family_named
+from scaleot_ray.artifacts.untrusted import is_finite_number, quoted
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import Family
 
@@ -127,8 +126,8 @@ def expected_tensors(content: DeltaContent, parent: Manifest, family: Family) ->
     if content.method == "lora":
         rank, result = _whole(content, "rank"), {}
         alpha = content.settings["alpha"]
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-            raise ArtifactRefused(f"lora: alpha is {alpha!r}, expected a number above zero.", _REMEDY)
+        if not is_finite_number(alpha) or alpha <= 0:
+            raise ArtifactRefused(f"lora: alpha is {quoted(alpha)}, expected a number above zero.", _REMEDY)
         for path in _targets(content, family):
             for prefix in prefixes:
                 out_features, in_features = _weight_shape(parent, f"{prefix}{path}.weight", family)

@@ -60,7 +60,7 @@ def read_inside(directory: Path, name: str, limit: int) -> bytes:
     with open_inside(directory, name) as (file, size):
         if size > limit:
             raise ArtifactRefused(f"file {name!r} has {size} bytes, more than the {limit} it may have.", _REMEDY)
-        return io.BufferedReader(file).read(limit)
+        return io.BufferedReader(file).read(size)
 
 
 def check_listing(directory: Path, expected: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from scaleot_ray.artifacts.provenance import check_licence, check_model_name
 from scaleot_ray.artifacts.raw_bytes import DTYPES
+from scaleot_ray.artifacts.untrusted import is_finite_number, quoted
 from scaleot_ray.errors import ArtifactRefused
 
 SCHEMA_VERSION = 1
@@ -36,14 +37,20 @@ _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
 _CREATED = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$"
 
 
+_DIMENSIONS = 8
+_COUNTS = 1 << 63
+Count = Annotated[int, Field(ge=0, lt=_COUNTS)]
+"""What is counted in a manifest: no more than torch and an operating system can count."""
+
+
 class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def _finite_number(what: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise ArtifactRefused(
-            f"{what} is {value!r}, not a finite number.",
+            f"{what} is {quoted(value)}, not a finite number.",
             "Leave out what could not be measured; find out why it is not finite where it could.",
         )
     return value
@@ -53,7 +60,7 @@ class TensorEntry(_Checked):
     """One tensor: its type (``float32`` …), shape, SHA-256 of its raw bytes, the file that holds it."""
 
     dtype: str
-    shape: list[Annotated[int, Field(ge=0)]]
+    shape: Annotated[list[Count], Field(max_length=_DIMENSIONS)]
     sha256: Digest
     file: str
 
@@ -61,8 +68,15 @@ class TensorEntry(_Checked):
     @classmethod
     def _known_dtype(cls, value: str) -> str:
         if value not in DTYPES:
-            raise ValueError(f"{value!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"{quoted(value)} is none of {', '.join(DTYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> TensorEntry:
+        # Strides count dimensions of no values as one.
+        if math.prod(max(size, 1) for size in self.shape) * DTYPES[self.dtype].itemsize >= _COUNTS:
+            raise ValueError(f"shape {self.shape} has more bytes than any tensor")
+        return self
 
     @property
     def parameters(self) -> int:
@@ -78,14 +92,14 @@ class TensorEntry(_Checked):
 class FileEntry(_Checked):
     """One file that is no tensor file: its size and SHA-256."""
 
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Count
     sha256: Digest
 
 
 class HarmonizerSpec(_Checked):
     """Shape of the harmonizers ``x + W_up · act(W_down x + b_d) + b_u``; ``rank`` is the rows of W_down."""
 
-    rank: Annotated[int, Field(ge=1)]
+    rank: Annotated[Count, Field(ge=1)]
     activation: Word
 
 
@@ -97,8 +111,8 @@ class StageOneSpec(_Checked):
 
     start: Word
     objective: Word
-    steps: Annotated[int, Field(ge=0)]
-    generated_tokens: Annotated[int, Field(ge=0)] = 0
+    steps: Count
+    generated_tokens: Count = 0
 
 
 class EmulatorContent(_Checked):
@@ -128,17 +142,17 @@ class EmulatorContent(_Checked):
     layer_map: list[str]
     builder: Word
     harmonizer: HarmonizerSpec | None = None
-    full_parameters: Annotated[int, Field(ge=1)]
-    verbatim_parameters: Annotated[int, Field(ge=0)]
-    full_bytes: Annotated[int, Field(ge=1)]
+    full_parameters: Annotated[Count, Field(ge=1)]
+    verbatim_parameters: Count
+    full_bytes: Annotated[Count, Field(ge=1)]
     base_digest: Digest
     full_loss: float | None = None
     emulator_loss: float | None = None
     protected: bool
     compression: Word | None = None
     stage_one: StageOneSpec | None = None
-    fit_tokens: Annotated[int, Field(ge=0)] = 0
-    fit_steps: Annotated[int, Field(ge=0)] = 0
+    fit_tokens: Count = 0
+    fit_steps: Count = 0
 
     @field_validator("full_loss", "emulator_loss", mode="before")
     @classmethod
@@ -189,7 +203,7 @@ class DeltaContent(_Checked):
     """
 
     method: Word
-    positions: list[Annotated[int, Field(ge=0)]]
+    positions: list[Count]
     settings: dict[str, int | float | str | list[str]] = {}
     start: Digest | None = None
 
@@ -203,7 +217,7 @@ class MetricsContent(_Checked):
     @classmethod
     def _finite(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {name: _finite_number(f"metric {name!r}", value) for name, value in values.items()}
+            return {name: _finite_number(f"metric {quoted(name)}", value) for name, value in values.items()}
         return values
 
 

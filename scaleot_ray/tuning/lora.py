@@ -108,9 +108,12 @@ def rank_of(settings: MethodSettings) -> int:
 def alpha_of(settings: MethodSettings) -> float:
     """alpha of a ``lora`` delta; B·A counts alpha / rank times."""
     alpha = settings.get("alpha")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise _refused("alpha", alpha, "a number above zero")
-    return float(alpha)
+    try:
+        if isinstance(alpha, int | float) and 0 < float(alpha) < math.inf:
+            return float(alpha)
+    except OverflowError:  # a whole number beyond every float
+        pass
+    raise _refused("alpha", alpha, "a number above zero")
 
 
 def target_modules(family: Family, positions: tuple[int, ...], settings: MethodSettings) -> list[str]:

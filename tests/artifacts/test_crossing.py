@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
 from scaleot_ray.artifacts import AuditLog, check_crossing, write_artifact
 from scaleot_ray.artifacts.audit import data_owner
 from scaleot_ray.artifacts.crossing import cross, receive
+from scaleot_ray.artifacts.untrusted import PROBLEM_LIMIT, untrusted
 from scaleot_ray.errors import ArtifactRefused, ResourcesMissing
 from tests.artifacts.examples import MAP, delta, emulator, metrics
 
@@ -70,6 +73,32 @@ def test_a_folder_that_is_refused_is_a_line(audit, tmp_path, damage):
     assert (line["kind"], line["decision"], line["reason"]) == (kind, "refused", caught.value.problem)
     # Of what could not be read there is nothing to tell.
     assert (line["digest"] == "") == (damage in ("file", "kind"))
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), [[]], "1"])
+def test_a_folder_with_what_is_no_number_is_a_line(audit, tmp_path, value):
+    folder = write_artifact(metrics(), tmp_path / "metrics")
+    values = json.loads((folder / "manifest.json").read_bytes())
+    values["content"]["values"] = {"loss": value}
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactRefused, match="not a finite number"):
+        receive(folder, "metrics", "a", "b", audit)
+    assert _lines(audit) == [("a", "b", "metrics", "refused")]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("\x1b[31m" + "x" * 10_000), OverflowError(), RecursionError("deep")])
+def test_an_error_that_nobody_foresaw_is_a_refusal(error):
+    with pytest.raises(ArtifactRefused, match=type(error).__name__) as caught, untrusted():
+        raise error
+    assert caught.value.problem.isprintable()
+    assert len(caught.value.problem) < PROBLEM_LIMIT
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "full"), ResourcesMissing("a", "b")])
+def test_what_is_not_the_senders_fault_is_no_refusal(error):
+    with pytest.raises(type(error)) as caught, untrusted():
+        raise error
+    assert caught.value is error
 
 
 def test_a_folder_that_is_not_there_is_no_crossing(audit, tmp_path):

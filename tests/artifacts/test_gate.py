@@ -6,6 +6,7 @@ from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.delta_gate import ANY_START, delta_limit
 from scaleot_ray.artifacts.provenance import LICENCE_LIMIT, NAME_LIMIT
 from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.tuning.lora import alpha_of
 from tests.artifacts.examples import MAP, delta, emulator, metrics
 
 FAMILIES = ["llama", "gpt2", "neox"]
@@ -339,6 +340,17 @@ def test_metrics_that_skipped_their_own_check_are_refused():
     content = MetricsContent.model_construct(values={"loss": float("nan")})
     artifact.manifest = artifact.manifest.model_copy(update={"content": content})
     _refused(artifact, "NaN is no JSON number")
+
+
+@pytest.mark.parametrize("alpha", [10**400, 0, -1.0, float("inf")])
+def test_alpha_that_is_no_number_above_zero_is_refused(alpha):
+    parent = emulator().manifest
+    good = delta(parent, "lora")
+    bad = good.manifest.content.model_copy(update={"settings": {**good.manifest.content.settings, "alpha": alpha}})
+    good.manifest = good.manifest.model_copy(update={"content": bad})
+    _refused(good, "alpha is|no JSON number", parent=parent)
+    with pytest.raises(ArtifactRefused, match="a number above zero"):
+        alpha_of({"alpha": alpha})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,10 +2,11 @@ import hashlib
 import json
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from scaleot_ray.artifacts import Artifact, DeltaContent, EmulatorContent, MetricsContent
-from scaleot_ray.artifacts.manifest import check_file_name
+from scaleot_ray.artifacts.manifest import TensorEntry, check_file_name
 from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest, render_manifest
 from scaleot_ray.errors import ArtifactRefused
 from tests.artifacts.examples import delta, emulator, metrics, small
@@ -177,7 +178,12 @@ def test_other_schema_versions_are_refused(version):
         (("tensors", "a.weight", "shape"), [3, -4], "tensors.a.weight.shape.1"),
         (("tensors", "a.weight", "shape"), [3.5], "tensors.a.weight.shape.0"),
         (("tensors", "a.weight", "sha256"), "abc", "tensors.a.weight.sha256"),
+        (("tensors", "a.weight", "shape"), [0, 10**30], "tensors.a.weight.shape.1"),
+        (("tensors", "a.weight", "shape"), [0, 1 << 62, 4], "tensors.a.weight: shape"),
+        (("tensors", "a.weight", "shape"), [1 << 61], "tensors.a.weight: shape"),
+        (("tensors", "a.weight", "shape"), [1] * 100_000, "tensors.a.weight.shape"),
         (("files", "README.md", "bytes"), -1, "files.README.md.bytes"),
+        (("files", "README.md", "bytes"), 10**30, "files.README.md.bytes"),
         (("created",), "yesterday", "created"),
         (("dtype",), "pickle", "dtype"),
         (("parent_digest",), "A" * 64, "parent_digest"),
@@ -190,6 +196,12 @@ def test_field_that_is_not_what_it_must_be_is_named(path, value, named):
     assert named in caught.value.problem
 
 
+@pytest.mark.parametrize("shape", [[1] * 8, [0, 1 << 60], [], [1, 0, 1 << 59, 2]])
+def test_any_shape_that_a_tensor_can_have_passes(shape):
+    entry = TensorEntry(dtype="float32", shape=shape, sha256="0" * 64, file="tensors.safetensors")
+    assert list(torch.empty(entry.shape).view(entry.shape).shape) == shape
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -197,6 +209,9 @@ def test_field_that_is_not_what_it_must_be_is_named(path, value, named):
         ("beta", 1.0),
         ("plug_in_layers", 3),
         ("full_parameters", 0),
+        ("full_parameters", 10**400),
+        ("full_loss", 10**400),
+        ("fit_tokens", 10**400),
         ("verbatim_parameters", 10**9),
         ("layer_map", ["plug_in", "kept"]),
         ("layer_map", ["plug_in", "gone", "plug_in"]),
@@ -208,11 +223,11 @@ def test_field_that_is_not_what_it_must_be_is_named(path, value, named):
     ],
 )
 def test_emulator_content_that_contradicts_itself_is_refused(field, value):
-    with pytest.raises(ArtifactRefused, match="content"):
+    with pytest.raises(ArtifactRefused, match=r"content|full_loss"):
         parse_manifest(_edited(emulator(), "content", field, value=value))
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), True, "1.0", None, [1.0]])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), True, "1.0", None, [1.0], 10**400])
 def test_metrics_are_finite_plain_numbers(number):
     with pytest.raises(ArtifactRefused, match="'loss'"):
         MetricsContent(values={"loss": number})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,40 @@ def _malformed(good: dict[str, Any]) -> list[Any]:
         {**good, "files": {"README.md": 7}},
         {**good, "files": {7: b""}},
     ]
+
+
+def _edited(shared: Any, *path: str, value: Any) -> Any:
+    """What :func:`to_shared` gave, with one value of the manifest replaced."""
+    values = json.loads(shared["manifest"])
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return {**shared, "manifest": json.dumps(values).encode()}
+
+
+def test_numbers_that_nothing_can_count_are_refused_like_any_other(bench: Bench) -> None:
+    number = bench.begin()
+    good: Any = to_shared(bench.tiny.delta(1.0))
+    name = next(iter(good["tensors"]))
+    empty = {**good, "tensors": {**good["tensors"], name: np.zeros(0, dtype=np.uint8)}}
+    shapes = ([0, 10**30], [0, 1 << 62, 4], [1] * 100_000)
+    bad = [_edited(empty, "tensors", name, "shape", value=shape) for shape in shapes]
+    bad.append(_edited(to_shared(bench.tiny.low_rank(1.0)), "content", "settings", "alpha", value=10**400))
+
+    def fail() -> Any:
+        raise RuntimeError("an error that nobody foresaw")
+
+    for read in [*(lambda shared=shared: from_shared(shared) for shared in bad), fail]:
+        with pytest.raises(ArtifactRefused) as refused:
+            bench.send("ann", number, read)
+        assert refused.value.problem[:500] in [reason for reason, _ in bench.keeper.registry.tenants.refusals("ann")]
+    assert [line["decision"] for line in bench.audit.read()] == ["refused"] * (len(bad) + 1)
+    numbers = _edited(to_shared(bench.tiny.metrics()), "content", "values", value={"emulator_tuned": 10**400})
+    with pytest.raises(ArtifactRefused, match="not a finite number"):
+        bench.send("ann", number, 1.0, metrics=lambda: from_shared(numbers))
+    assert sum(count for _, count in bench.keeper.registry.tenants.refusals("ann")) == len(bad) + 2
+    bench.send("ann", number, lambda: from_shared(good))
 
 
 def test_what_is_no_artefact_is_refused_like_any_other(bench: Bench) -> None:
