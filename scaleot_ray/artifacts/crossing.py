@@ -10,7 +10,7 @@ from pathlib import Path
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import AuditLog, Decision
 from scaleot_ray.artifacts.delta_gate import ANY_START
-from scaleot_ray.artifacts.gate import check_crossing
+from scaleot_ray.artifacts.gate import check_crossing, check_manifest
 from scaleot_ray.artifacts.manifest import Kind, Manifest
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.artifacts.untrusted import untrusted
@@ -81,12 +81,19 @@ def receive(
             the gate does not let it pass.
         ResourcesMissing: the line cannot be written.
     """
+    size, digest = 0, ""
+
+    def gate(manifest: Manifest) -> None:
+        nonlocal size, digest
+        size, digest = manifest.nbytes, manifest.digest()
+        check_manifest(manifest, parent=parent, start=ANY_START)
+
     try:
         with untrusted():
-            artifact = read_artifact(directory, expected_kind=kind, verify=False)  # the gate verifies
+            artifact = read_artifact(directory, expected_kind=kind, verify=False, gate=gate)  # cross verifies
     except ArtifactRefused as error:
         if Path(directory).is_dir():
-            audit.record(sender, recipient, kind, 0, "", decision="refused", reason=error.problem)
+            audit.record(sender, recipient, kind, size, digest, decision="refused", reason=error.problem)
         raise
     cross(artifact, sender, recipient, audit, parent=parent, start=ANY_START, decision="received")
     return artifact

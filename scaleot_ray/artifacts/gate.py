@@ -15,10 +15,12 @@ from scaleot_ray.artifacts.card import CARD_FILE, CARD_LIMIT, model_card
 from scaleot_ray.artifacts.delta_gate import check_delta
 from scaleot_ray.artifacts.emulator_gate import check_emulator
 from scaleot_ray.artifacts.manifest import Manifest, MetricsContent
-from scaleot_ray.artifacts.manifest_json import parse_manifest, render_manifest
+from scaleot_ray.artifacts.manifest_json import parse_sent, render_manifest
 from scaleot_ray.errors import ArtifactRefused
 
 METRICS_LIMIT = 1000
+FILES_LIMIT = 256 << 20
+"""Bytes of all files together that are no tensors; the largest tokenizers have about 40 MB."""
 
 # A tokenizer's files and licence texts: JSON and text, nothing that a loader would execute or unpickle.
 _EMULATOR_FILE = re.compile(r"([\w.+-]+/)*([\w.+-]+\.(json|txt|md|jinja|model)|LICEN[CS]E|NOTICE)")
@@ -43,7 +45,26 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, start:
             that are no plain numbers or too many.
     """
     # Read back as the receiver will: a manifest put together in memory may have skipped its own checks.
-    manifest = parse_manifest(render_manifest(artifact.manifest))
+    manifest = parse_sent(render_manifest(artifact.manifest), artifact.manifest.kind)
+    check_manifest(manifest, parent=parent, start=start)
+    if manifest.kind != "emulator":
+        _check_card(manifest, artifact.files)
+    artifact.verify()
+
+
+def check_manifest(manifest: Manifest, *, parent: Manifest | None = None, start: str | None = None) -> None:
+    """What :func:`check_crossing` can tell from the manifest alone, before tensors and files are read.
+
+    What passes may be read into memory: a delta has no more bytes than the layers it changes, and files
+    are small. Only an emulator's tensors may have any size.
+
+    Args:
+        manifest: as it was parsed.
+        parent, start: as of :func:`check_crossing`.
+
+    Raises:
+        ArtifactRefused: as :func:`check_crossing`.
+    """
     _check_files(manifest)
     if manifest.kind == "emulator":
         check_emulator(manifest)
@@ -53,8 +74,6 @@ def check_crossing(artifact: Artifact, *, parent: Manifest | None = None, start:
         _check_metrics(manifest, parent)
     if manifest.kind != "emulator":
         _check_base(manifest, parent)
-        _check_card(manifest, artifact.files)
-    artifact.verify()
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -71,6 +90,12 @@ def _check_files(manifest: Manifest) -> None:
             raise ArtifactRefused(
                 f"file {name!r} has {entry.bytes} bytes; a card has at most {CARD_LIMIT}.", "Shorten the card."
             )
+    size = sum(entry.bytes for entry in manifest.files.values())
+    if size > FILES_LIMIT:
+        raise ArtifactRefused(
+            f"its files (no tensors) have {size} bytes, more than the {FILES_LIMIT} they may have together.",
+            "Leave out what is no tokenizer, licence or card.",
+        )
 
 
 def _check_base(manifest: Manifest, parent: Manifest | None) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from scaleot_ray.artifacts.manifest import CONTENT, KINDS, MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from scaleot_ray.artifacts.manifest import CONTENT, KINDS, MANIFEST_FILE, SCHEMA_VERSION, Kind, Manifest
 from scaleot_ray.errors import ArtifactRefused
 
 MANIFEST_LIMIT = 64 << 20
 """Bytes of the largest manifest that is read; 100,000 tensors need about 30 MB."""
+SENT_LIMIT = 4 << 20
+"""Bytes of the largest manifest of a delta or of metrics that is received. A LoRA delta of all seven projections in all
+80 layers of a 70B model has 1,120 tensors, which need about 400 kB."""
 
 _REMEDY = "Fetch the artefact again from its sender, or build it again; manifests are not edited by hand."
 
@@ -28,8 +31,7 @@ def parse_manifest(data: bytes) -> Manifest:
         ArtifactRefused: the text is too long or no strict JSON (a key twice, NaN), comes from a newer
             schema, or a field is unknown, missing or not what it must be; the message names the field.
     """
-    if len(data) > MANIFEST_LIMIT:
-        raise _refused(f"has more than {MANIFEST_LIMIT} bytes")
+    _check_length(data, MANIFEST_LIMIT)
     values = _strict_json(data)
     version, kind = values.get("schema_version"), values.get("kind")
     if type(version) is int and version > SCHEMA_VERSION:
@@ -52,6 +54,23 @@ def parse_manifest(data: bytes) -> Manifest:
         raise _refused(_first(error, ())) from None
 
 
+def parse_sent(data: bytes, expected_kind: Kind | None) -> Manifest:
+    """The manifest of what another party sent, which is to be of a kind (None: of any).
+
+    Raises:
+        ArtifactRefused: as :func:`parse_manifest`, or it is longer than that of a delta or of metrics can be.
+    """
+    _check_length(data, sent_limit(expected_kind))
+    manifest = parse_manifest(data)
+    _check_length(data, sent_limit(manifest.kind))
+    return manifest
+
+
+def sent_limit(expected_kind: Kind | None) -> int:
+    """Bytes of the largest manifest that another party may send of what is to be of a kind (None: of any)."""
+    return SENT_LIMIT if expected_kind in ("delta", "metrics") else MANIFEST_LIMIT
+
+
 def _strict_json(data: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -72,6 +91,11 @@ def _strict_json(data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise _refused("holds no JSON object")
     return values
+
+
+def _check_length(data: bytes, limit: int) -> None:
+    if len(data) > limit:
+        raise _refused(f"has more than {limit} bytes")
 
 
 def _first(error: ValidationError, place: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from scaleot_ray.artifacts.artifact import Artifact, verify_file, verify_tensor
 from scaleot_ray.artifacts.atomic import atomic_directory
 from scaleot_ray.artifacts.directory import check_listing, open_inside, read_inside
 from scaleot_ray.artifacts.manifest import CHECKSUM_FILE, MANIFEST_FILE, Kind, Manifest, TensorEntry
-from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest, render_manifest
+from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest, parse_sent, render_manifest, sent_limit
 from scaleot_ray.artifacts.tensor_file import read_tensor_file, tensor_file_header, write_tensor_file
 from scaleot_ray.errors import ArtifactRefused
 
@@ -81,7 +81,12 @@ def read_files(directory: str | Path, manifest: Manifest) -> dict[str, bytes]:
         return _files(Path(directory), manifest)
 
 
-def read_artifact(directory: str | Path, expected_kind: Kind | None = None, verify: bool = True) -> Artifact:
+def read_artifact(
+    directory: str | Path,
+    expected_kind: Kind | None = None,
+    verify: bool = True,
+    gate: Callable[[Manifest], None] | None = None,
+) -> Artifact:
     """The artefact in ``directory``, in memory of its own: later changes to the files do not reach it.
 
     Args:
@@ -89,21 +94,25 @@ def read_artifact(directory: str | Path, expected_kind: Kind | None = None, veri
         expected_kind: refuse artefacts of another kind.
         verify: check every tensor's SHA-256 and that its values are finite; everything else is
             checked in any case.
+        gate: of what another party sent: refuses by the manifest, before anything else of it is read.
 
     Raises:
-        ArtifactRefused: a file or tensor is missing, extra, misshaped, of another type, not finite,
-            truncated or altered, a name leads out of the directory, or :func:`read_manifest` refuses
+        ArtifactRefused: ``gate`` refuses it, a file or tensor is missing, extra, misshaped, of another type,
+            not finite, truncated or altered, a name leads out of the directory, or :func:`read_manifest` refuses
             it; the message names the directory and the file or tensor.
     """
     directory = Path(directory)
     with about(directory):
-        data = _manifest_data(directory)
-        manifest = parse_manifest(data)
+        data = _manifest_data(directory, sent_limit(expected_kind) if gate is not None else MANIFEST_LIMIT)
+        manifest = parse_manifest(data) if gate is None else parse_sent(data, expected_kind)
         if expected_kind is not None and manifest.kind != expected_kind:
             raise ArtifactRefused(
                 f"is an artefact of kind {manifest.kind!r}, expected {expected_kind!r}.",
                 f"Give the directory of an artefact of kind {expected_kind!r}.",
             )
+    if gate is not None:
+        gate(manifest)
+    with about(directory):
         shards = entries_by_file(manifest)
         check_listing(directory, [MANIFEST_FILE, CHECKSUM_FILE, *shards, *manifest.files])
         files = _files(directory, manifest)
@@ -130,10 +139,10 @@ def about(directory: Path) -> Iterator[None]:
         raise ArtifactRefused(f"{directory}: cannot be read ({error.strerror}).", _REMEDY) from error
 
 
-def _manifest_data(directory: Path) -> bytes:
+def _manifest_data(directory: Path, limit: int = MANIFEST_LIMIT) -> bytes:
     if not directory.is_dir():
         raise ArtifactRefused("there is no such directory.", "Give the directory of an artefact.")
-    return read_inside(directory, MANIFEST_FILE, MANIFEST_LIMIT)
+    return read_inside(directory, MANIFEST_FILE, limit)
 
 
 def _check_checksum(directory: Path, manifest: bytes) -> None:

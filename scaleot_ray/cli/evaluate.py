@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,8 @@ from scaleot_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from scaleot_ray.artifacts.artifact import Artifact
 
 
 def evaluate_command(
@@ -125,7 +128,7 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
         check_sources({"test": settings.test, "train": settings.train, "validation": settings.validation})
         # The artefacts are read first: they are refused before a large model is loaded.
         emulator = read_artifact(settings.emulator, expected_kind="emulator") if settings.emulator else None
-        delta = read_artifact(settings.delta, expected_kind="delta") if settings.delta else None
+        delta = _delta(settings.delta, emulator) if settings.delta else None
         base = load_base_model(settings.model) if settings.model else None
         table = evaluate_rows(
             rows,
@@ -156,6 +159,16 @@ def evaluate(settings: EvaluateSettings, out: Output) -> None:
         show_standard_table(console, [document])
 
     out.result(document, show)
+
+
+def _delta(directory: str, emulator: Artifact | None) -> Artifact:
+    """A delta, refused by its manifest before it is read where its emulator is there."""
+    from scaleot_ray.artifacts.delta_gate import ANY_START
+    from scaleot_ray.artifacts.gate import check_manifest
+    from scaleot_ray.artifacts.storage import read_artifact
+
+    gate = partial(check_manifest, parent=emulator.manifest, start=ANY_START) if emulator is not None else None
+    return read_artifact(directory, expected_kind="delta", gate=gate)
 
 
 def _writable(folder: Path) -> Path:

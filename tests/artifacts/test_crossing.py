@@ -2,12 +2,15 @@ import json
 
 import pytest
 
-from scaleot_ray.artifacts import AuditLog, check_crossing, write_artifact
+from scaleot_ray.artifacts import AuditLog, FileEntry, check_crossing, write_artifact
 from scaleot_ray.artifacts.audit import data_owner
 from scaleot_ray.artifacts.crossing import cross, receive
+from scaleot_ray.artifacts.gate import FILES_LIMIT
+from scaleot_ray.artifacts.manifest_json import SENT_LIMIT, parse_sent, render_manifest
+from scaleot_ray.artifacts.provenance import LICENCE_LIMIT
 from scaleot_ray.artifacts.untrusted import PROBLEM_LIMIT, untrusted
 from scaleot_ray.errors import ArtifactRefused, ResourcesMissing
-from tests.artifacts.examples import MAP, delta, emulator, metrics
+from tests.artifacts.examples import MAP, delta, emulator, metrics, rewrite_manifest
 
 OPEN = ["plug_in", *["kept"] * 6, "plug_in"]
 
@@ -72,7 +75,7 @@ def test_a_folder_that_is_refused_is_a_line(audit, tmp_path, damage):
     (line,) = audit.read()
     assert (line["kind"], line["decision"], line["reason"]) == (kind, "refused", caught.value.problem)
     # Of what could not be read there is nothing to tell.
-    assert (line["digest"] == "") == (damage in ("file", "kind"))
+    assert (line["digest"] == "") == (damage == "kind")
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), [[]], "1"])
@@ -84,6 +87,71 @@ def test_a_folder_with_what_is_no_number_is_a_line(audit, tmp_path, value):
     with pytest.raises(ArtifactRefused, match="not a finite number"):
         receive(folder, "metrics", "a", "b", audit)
     assert _lines(audit) == [("a", "b", "metrics", "refused")]
+
+
+def test_a_delta_that_is_too_large_is_refused_before_it_is_read(audit, tmp_path):
+    parent = emulator().manifest
+    good = delta(parent)
+    name, entry = next(iter(good.manifest.tensors.items()))
+    huge = {**good.manifest.tensors, name: entry.model_copy(update={"shape": [1 << 40]})}
+    low, rank = delta(parent, "lora").manifest, 1 << 36
+    shapes = {name: [rank if size == 3 else size for size in entry.shape] for name, entry in low.tensors.items()}
+    consistent = {
+        "content": low.content.model_copy(update={"settings": {**low.content.settings, "rank": rank}}),
+        "tensors": {name: entry.model_copy(update={"shape": shapes[name]}) for name, entry in low.tensors.items()},
+    }
+    for changes, match in (
+        (consistent, "more than the .* of the plug-in layers"),
+        ({"tensors": huge}, "has shape"),
+        ({"tensors": {"x" * 100: huge[name]}}, "is missing from the delta"),
+        ({"files": {"README.md": FileEntry(bytes=1 << 42, sha256="0" * 64)}}, "a card has at most"),
+    ):
+        folder = write_artifact(good, tmp_path / "delta", overwrite=True)
+        manifest = good.manifest.model_copy(update=changes)
+        rewrite_manifest(folder, manifest)
+        for file in ("tensors.safetensors", *manifest.files):
+            with open(folder / file, "ab") as sparse:
+                sparse.truncate(1 << 42)
+        with pytest.raises(ArtifactRefused, match=match):
+            receive(folder, "delta", "a", "b", audit, parent=parent)
+        line = audit.read()[-1]
+        assert (line["decision"], line["digest"], line["bytes"]) == ("refused", manifest.digest(), manifest.nbytes)
+
+
+@pytest.mark.parametrize("kind", ["delta", "metrics"])
+def test_a_manifest_longer_than_any_is_refused_before_it_is_parsed(audit, tmp_path, kind):
+    parent = emulator().manifest
+    artifact = {"delta": delta(parent), "metrics": metrics(parent=parent)}[kind]
+    folder = write_artifact(artifact, tmp_path / kind)
+    receive(folder, kind, "a", "b", audit, parent=parent)
+    with open(folder / "manifest.json", "ab") as file:
+        file.truncate(SENT_LIMIT + 1)
+    with pytest.raises(ArtifactRefused, match=f"more than the {SENT_LIMIT} it may have"):
+        receive(folder, kind, "a", "b", audit, parent=parent)
+    with pytest.raises(ArtifactRefused, match=f"has more than {SENT_LIMIT} bytes"):
+        parse_sent(render_manifest(artifact.manifest) + b" " * SENT_LIMIT, None)
+    assert [line["decision"] for line in audit.read()] == ["received", "refused"]
+
+
+def test_an_emulator_whose_files_are_too_large_is_refused_before_they_are_read(audit, tmp_path):
+    artifact = emulator()
+    folder = write_artifact(artifact, tmp_path / "emulator")
+    entry = FileEntry(bytes=1 << 42, sha256="0" * 64)
+    rewrite_manifest(folder, artifact.manifest.model_copy(update={"files": {"tokenizer.json": entry}}))
+    with open(folder / "tokenizer.json", "ab") as sparse:
+        sparse.truncate(1 << 42)
+    with pytest.raises(ArtifactRefused, match=f"more than the {FILES_LIMIT}"):
+        receive(folder, "emulator", "a", "b", audit)
+    assert _lines(audit) == [("a", "b", "emulator", "refused")]
+
+
+def test_largest_honest_manifest_of_a_delta_is_well_below_its_limit():
+    good = delta(emulator().manifest, "lora").manifest
+    entry = next(iter(good.tensors.values()))
+    # All seven projections of all layers of a 70B model.
+    names = [f"model.layers.{layer}.self_attn.projection_{part}.lora_A" for layer in range(80) for part in range(14)]
+    large = good.model_copy(update={"tensors": dict.fromkeys(names, entry), "licence": "é" * (LICENCE_LIMIT // 2)})
+    assert 4 * len(render_manifest(large)) < SENT_LIMIT
 
 
 @pytest.mark.parametrize("error", [RuntimeError("\x1b[31m" + "x" * 10_000), OverflowError(), RecursionError("deep")])

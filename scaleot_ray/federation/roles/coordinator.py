@@ -229,7 +229,14 @@ class Coordinator(Role):
         Raises:
             ArtifactRefused: as :meth:`RoundKeeper.take`.
         """
-        sent = Sent(tenant, token, number, lambda: from_shared(delta), lambda: from_shared(metrics), data_digest)
+        sent = Sent(
+            tenant,
+            token,
+            number,
+            lambda: from_shared(delta, "delta"),
+            lambda: from_shared(metrics, "metrics"),
+            data_digest,
+        )
         try:
             taken = self._keeper.take(sent)
         except NotRead:

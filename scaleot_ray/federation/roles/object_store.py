@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from scaleot_ray.artifacts.artifact import Artifact
-from scaleot_ray.artifacts.manifest_json import parse_manifest, render_manifest
+from scaleot_ray.artifacts.manifest import Kind
+from scaleot_ray.artifacts.manifest_json import parse_sent, render_manifest
 from scaleot_ray.artifacts.raw_bytes import DTYPES, fingerprint, raw_bytes
 from scaleot_ray.errors import ArtifactRefused, RunFailed
 
@@ -43,18 +44,22 @@ def to_shared(artifact: Artifact) -> Shared:
     }
 
 
-def from_shared(shared: Shared) -> Artifact:
+def from_shared(shared: Shared, expected_kind: Kind | None = None) -> Artifact:
     """The artefact that :func:`to_shared` was given; its tensors are views of the shared memory.
 
     They require no gradient and must not be written to. Only sizes are checked here: call
     :meth:`Artifact.verify` or the gate before use.
+
+    Args:
+        shared: what came.
+        expected_kind: what it is to be, for the length of its manifest; whether it is, the caller checks.
 
     Raises:
         ArtifactRefused: it has another form than :func:`to_shared` gives, the manifest is no manifest, or an array
             is not as long as its tensor; names it.
     """
     _check_form(shared)
-    manifest = parse_manifest(shared["manifest"])
+    manifest = parse_sent(shared["manifest"], expected_kind)
     tensors = {}
     for name, array in shared["tensors"].items():
         tensors[name] = _view(array)  # one that is not on the manifest stays bytes, and is refused as extra
