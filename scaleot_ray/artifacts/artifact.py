@@ -215,9 +215,15 @@ def _shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int) -> dict[str, 
             number, used = number + 1, 0
         used += tensor.nbytes
         numbers[name] = number
-    if number == 1:
-        return dict.fromkeys(numbers, "tensors.safetensors")
-    return {name: f"tensors-{own:05d}-of-{number:05d}.safetensors" for name, own in numbers.items()}
+    names = shard_names(number)
+    return {name: names[own - 1] for name, own in numbers.items()}
+
+
+def shard_names(count: int) -> list[str]:
+    """Names of the tensor files of an artefact that has ``count`` of them."""
+    if count == 1:
+        return ["tensors.safetensors"]
+    return [f"tensors-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _file_entry(data: bytes) -> FileEntry:

@@ -90,8 +90,8 @@ class AuditLog:
             sender, recipient: parties.
             kind: of the artefact; in a run also ``table``, and what a declared evaluator is given: ``full
                 model``, ``rows``.
-            bytes, digest: of that, as its manifest says; 0 and nothing where not even that could be read, no digest
-                of rows.
+            bytes, digest: of that, the manifest included, as it says; 0 and nothing where not even that could be
+                read, no digest of rows.
             decision: ``sent`` by the party that sends, or by the coordinator between two; ``received`` by
                 one that received it as a folder; ``refused`` by either.
             reason: why one was refused, or crosses past the gate.

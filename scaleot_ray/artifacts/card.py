@@ -14,7 +14,6 @@ from scaleot_ray.plain_text import plain_text
 CARD_FILE = "README.md"
 CARD_LIMIT = 64 << 10
 
-_SHOWN_METRICS = 40
 _CUT = "\n\n[…] cut here: the rest is in the manifest.\n"
 
 
@@ -143,15 +142,13 @@ def _delta(manifest: Manifest, content: DeltaContent) -> list[str]:
 
 
 def _metrics(manifest: Manifest, content: MetricsContent) -> list[str]:
-    names = list(content.values)
-    more = f" and {len(names) - _SHOWN_METRICS} more" if len(names) > _SHOWN_METRICS else ""
     source = f" on emulator `{manifest.parent_digest}`" if manifest.parent_digest else ""
-    shown = ", ".join(names[:_SHOWN_METRICS]) or "none"
+    shown = ", ".join(content.values) or "none"
     return [
         "## How it was made",
         f"Measured by the data owner on test rows of its own{source}.",
         "## What it reveals",
-        f"{len(names)} numbers about these rows, and nothing else: {shown}{more}.",
+        f"{len(content.values)} numbers about these rows, and nothing else: {shown}.",
         "## What it is for",
         "It tells the model owner how well the tuning went.",
     ]

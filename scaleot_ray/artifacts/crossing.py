@@ -12,6 +12,7 @@ from scaleot_ray.artifacts.audit import AuditLog, Decision
 from scaleot_ray.artifacts.delta_gate import ANY_START
 from scaleot_ray.artifacts.gate import check_crossing, check_manifest
 from scaleot_ray.artifacts.manifest import Kind, Manifest
+from scaleot_ray.artifacts.manifest_json import render_manifest
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.artifacts.untrusted import untrusted
 from scaleot_ray.errors import ArtifactRefused
@@ -48,7 +49,7 @@ def cross(
         ArtifactRefused: the gate does not let it pass.
         ResourcesMissing: the line cannot be written; the artefact must not cross then.
     """
-    kind, digest, size = artifact.manifest.kind, artifact.digest, artifact.nbytes
+    kind, digest, size = artifact.manifest.kind, artifact.digest, crossing_bytes(artifact.manifest)
     try:
         with untrusted():
             check_crossing(artifact, parent=parent, start=start)
@@ -85,7 +86,7 @@ def receive(
 
     def gate(manifest: Manifest) -> None:
         nonlocal size, digest
-        size, digest = manifest.nbytes, manifest.digest()
+        size, digest = crossing_bytes(manifest), manifest.digest()
         check_manifest(manifest, parent=parent, start=ANY_START)
 
     try:
@@ -97,3 +98,8 @@ def receive(
         raise
     cross(artifact, sender, recipient, audit, parent=parent, start=ANY_START, decision="received")
     return artifact
+
+
+def crossing_bytes(manifest: Manifest) -> int:
+    """Bytes of all that crosses: tensors, files and the manifest itself."""
+    return manifest.nbytes + len(render_manifest(manifest))

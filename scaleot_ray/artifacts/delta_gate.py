@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from scaleot_ray.artifacts.artifact import shard_names
 from scaleot_ray.artifacts.emulator_gate import model_sizes
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest, TensorEntry
 from scaleot_ray.artifacts.raw_bytes import DTYPES, dtype_name
@@ -64,6 +65,7 @@ def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None =
         raise ArtifactRefused(
             f"settings of {content.method} are {sorted(content.settings)}, expected {sorted(keys)}.", _REMEDY
         )
+    _check_file_names(manifest)
     expected = expected_tensors(content, parent, family)
     for name in sorted(expected.keys() - manifest.tensors.keys()):
         raise ArtifactRefused(f"tensor {name!r} is missing from the delta.", _REMEDY)
@@ -88,6 +90,17 @@ def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None =
             "that it changes.",
             "Tune with a smaller tune.lora_rank or tune.bottleneck_width, or with tune.method=layers; send the delta "
             "as scaleot_ray wrote it.",
+        )
+
+
+def _check_file_names(manifest: Manifest) -> None:
+    """Refuses names of tensor files that could say something: there is one way to name them."""
+    files = {entry.file for entry in manifest.tensors.values()}
+    for name in sorted(files - set(shard_names(len(files)))):
+        raise ArtifactRefused(
+            f"tensor file {name!r} is none of a delta with {len(files)} of them ('tensors.safetensors', "
+            "'tensors-00001-of-00002.safetensors' …).",
+            _REMEDY,
         )
 
 

@@ -31,10 +31,14 @@ CHECKSUM_FILE = "manifest.sha256"
 Kind = Literal["emulator", "delta", "metrics"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
+Version = Annotated[
+    str,
+    Field(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){1,3}((a|b|rc)[0-9]{1,4})?(\.post[0-9]{1,4})?(\.dev[0-9]{1,4})?$"),
+]
 
 _FILE_NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
-_CREATED = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$"
+_CREATED = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)$"
 
 
 _DIMENSIONS = 8
@@ -244,7 +248,7 @@ class Manifest(_Checked):
 
     schema_version: Literal[1]
     kind: Kind
-    library_version: Word
+    library_version: Version
     created: Annotated[str, Field(pattern=_CREATED)]
     family: Word | None = None
     model_config_json: dict[str, Any] | None = None

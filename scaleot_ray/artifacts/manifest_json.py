@@ -21,7 +21,7 @@ _REMEDY = "Fetch the artefact again from its sender, or build it again; manifest
 
 def render_manifest(manifest: Manifest) -> bytes:
     """The text of ``manifest.json``."""
-    return (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode()
+    return _text(manifest.model_dump(mode="json"))
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -57,18 +57,29 @@ def parse_manifest(data: bytes) -> Manifest:
 def parse_sent(data: bytes, expected_kind: Kind | None) -> Manifest:
     """The manifest of what another party sent, which is to be of a kind (None: of any).
 
+    That of a delta or of metrics has to be written as :func:`render_manifest` does, byte for byte: spaces, escapes and
+    spare digits say nothing, so they could say anything. Fields that an earlier version did not have may be missing.
+
     Raises:
-        ArtifactRefused: as :func:`parse_manifest`, or it is longer than that of a delta or of metrics can be.
+        ArtifactRefused: as :func:`parse_manifest`, or that of a delta or of metrics is too long or written otherwise.
     """
     _check_length(data, sent_limit(expected_kind))
     manifest = parse_manifest(data)
-    _check_length(data, sent_limit(manifest.kind))
+    if manifest.kind != "emulator":
+        _check_length(data, SENT_LIMIT)
+        expected = _text(manifest.model_dump(mode="json", exclude_unset=True))
+        if data != expected:
+            raise _refused(f"is not written as scaleot_ray writes it ({len(data)} bytes, expected {len(expected)})")
     return manifest
 
 
 def sent_limit(expected_kind: Kind | None) -> int:
     """Bytes of the largest manifest that another party may send of what is to be of a kind (None: of any)."""
     return SENT_LIMIT if expected_kind in ("delta", "metrics") else MANIFEST_LIMIT
+
+
+def _text(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _strict_json(data: bytes) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def delta(parent: Manifest, method: str = "layers", **changes: Any) -> Artifact:
 
 def metrics(values: Mapping[str, float] | None = None, parent: Manifest | None = None) -> Artifact:
     """Two numbers, measured on the emulator ``parent`` where there is one."""
-    content = MetricsContent(values=dict(values or {"loss": 2.5, "rows": 10}))
+    content = MetricsContent(values=dict(values or {"emulator_zero_shot": 2.5, "emulator_tuned": 2}))
     return Artifact.create("metrics", content, {}) if parent is None else Artifact.made_from(parent, "metrics", content)
 
 

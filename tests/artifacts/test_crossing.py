@@ -1,12 +1,13 @@
+import hashlib
 import json
 
 import pytest
 
 from scaleot_ray.artifacts import AuditLog, FileEntry, check_crossing, write_artifact
 from scaleot_ray.artifacts.audit import data_owner
-from scaleot_ray.artifacts.crossing import cross, receive
+from scaleot_ray.artifacts.crossing import cross, crossing_bytes, receive
 from scaleot_ray.artifacts.gate import FILES_LIMIT
-from scaleot_ray.artifacts.manifest_json import SENT_LIMIT, parse_sent, render_manifest
+from scaleot_ray.artifacts.manifest_json import SENT_LIMIT, parse_manifest, parse_sent, render_manifest
 from scaleot_ray.artifacts.provenance import LICENCE_LIMIT
 from scaleot_ray.artifacts.untrusted import PROBLEM_LIMIT, untrusted
 from scaleot_ray.errors import ArtifactRefused, ResourcesMissing
@@ -33,7 +34,8 @@ def test_what_passes_is_a_line(audit):
         ("data owner a", "model owner", "delta", "sent"),
     ]
     line = audit.read()[0]
-    assert (line["digest"], line["bytes"], line["reason"]) == (parent.digest, parent.nbytes, None)
+    assert (line["digest"], line["bytes"], line["reason"]) == (parent.digest, crossing_bytes(parent.manifest), None)
+    assert line["bytes"] == parent.nbytes + len(render_manifest(parent.manifest))
 
 
 def test_what_is_refused_is_a_line_and_an_error(audit):
@@ -115,7 +117,11 @@ def test_a_delta_that_is_too_large_is_refused_before_it_is_read(audit, tmp_path)
         with pytest.raises(ArtifactRefused, match=match):
             receive(folder, "delta", "a", "b", audit, parent=parent)
         line = audit.read()[-1]
-        assert (line["decision"], line["digest"], line["bytes"]) == ("refused", manifest.digest(), manifest.nbytes)
+        assert (line["decision"], line["digest"], line["bytes"]) == (
+            "refused",
+            manifest.digest(),
+            crossing_bytes(manifest),
+        )
 
 
 @pytest.mark.parametrize("kind", ["delta", "metrics"])
@@ -143,6 +149,50 @@ def test_an_emulator_whose_files_are_too_large_is_refused_before_they_are_read(a
     with pytest.raises(ArtifactRefused, match=f"more than the {FILES_LIMIT}"):
         receive(folder, "emulator", "a", "b", audit)
     assert _lines(audit) == [("a", "b", "emulator", "refused")]
+
+
+def _spare(text):
+    """Ways to write the same manifest that carry something else."""
+    values = json.loads(text)
+    yield text + b" " * 10_000
+    yield text.replace(b"\n", b"\r\n")
+    yield text.replace(b'"delta"', b'"\\u0064elta"').replace(b'"metrics"', b'"\\u006detrics"')
+    yield json.dumps(values).encode()
+    yield json.dumps(dict(reversed(values.items())), indent=2).encode() + b"\n"
+    yield text.replace(b'"schema_version": 1', b'"schema_version":  1')
+    if values["kind"] == "metrics":
+        yield text.replace(b": 2.5", b": 2.500000000000000000000000001")
+        yield text.replace(b": 2.0", b": 2")
+
+
+@pytest.mark.parametrize("kind", ["delta", "metrics"])
+def test_a_manifest_written_otherwise_is_refused(audit, tmp_path, kind):
+    parent = emulator().manifest
+    artifact = {"delta": delta(parent), "metrics": metrics(parent=parent)}[kind]
+    folder = write_artifact(artifact, tmp_path / kind)
+    text = (folder / "manifest.json").read_bytes()
+    others = list(_spare(text))
+    for other in others:
+        assert parse_manifest(other).digest() == artifact.digest  # it says the same
+        (folder / "manifest.json").write_bytes(other)
+        (folder / "manifest.sha256").write_text(f"{hashlib.sha256(other).hexdigest()}  manifest.json\n")
+        with pytest.raises(ArtifactRefused, match="not written as scaleot_ray writes it"):
+            receive(folder, kind, "a", "b", audit, parent=parent)
+    assert len(audit.read()) == len(others)
+
+
+@pytest.mark.parametrize("kind", ["delta", "metrics"])
+def test_a_manifest_that_an_earlier_version_wrote_is_received(audit, tmp_path, kind):
+    parent = emulator().manifest.model_copy(update={"base_model": None, "licence": None})
+    artifact = {"delta": delta(parent), "metrics": metrics(parent=parent)}[kind]
+    folder = write_artifact(artifact, tmp_path / kind)
+    values = json.loads((folder / "manifest.json").read_bytes())
+    del values["base_model"], values["licence"]
+    values["content"].pop("start", None)
+    text = (json.dumps(values, indent=2) + "\n").encode()
+    (folder / "manifest.json").write_bytes(text)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
+    assert receive(folder, kind, "a", "b", audit, parent=parent).digest == artifact.digest
 
 
 def test_largest_honest_manifest_of_a_delta_is_well_below_its_limit():

@@ -1,11 +1,16 @@
+import numpy as np
 import pytest
 import torch
 
 from scaleot_ray.artifacts import Artifact, DeltaContent, MetricsContent, check_crossing
 from scaleot_ray.artifacts.card import with_card
 from scaleot_ray.artifacts.delta_gate import ANY_START, delta_limit
+from scaleot_ray.artifacts.gate import METRICS
 from scaleot_ray.artifacts.provenance import LICENCE_LIMIT, NAME_LIMIT
 from scaleot_ray.errors import ArtifactRefused
+from scaleot_ray.evaluation.choice import ChoiceScore
+from scaleot_ray.evaluation.loss import LossScore
+from scaleot_ray.stages.score import numbers
 from scaleot_ray.tuning.lora import alpha_of
 from tests.artifacts.examples import MAP, delta, emulator, metrics
 
@@ -332,7 +337,50 @@ def test_metrics_that_carry_something_in_fields_of_other_kinds_are_refused():
 def test_metrics_that_carry_more_than_numbers_are_refused():
     _refused(Artifact.create("metrics", MetricsContent(values={}), {"rows": torch.ones(1)}), "carry no tensors")
     _refused(metrics({"Alice's address\n": 1.0}), "metric name")
-    _refused(metrics({f"row {index}": 1.0 for index in range(1001)}), "1001 metrics")
+    for name in ("loss", "emulator_tuned.", "emulator_tuned.Alice", "Emulator_tuned", "", "x" * 100):
+        _refused(metrics({"emulator_tuned": 1.0, name: 1.0}), "metric name")
+
+
+def test_every_metric_that_tuning_writes_passes():
+    choice = ChoiceScore(*(np.ones(3) for _ in range(4)))
+    loss = LossScore(np.ones(3), np.ones(3, dtype=np.int64))
+    values = {}
+    for name in ("emulator_zero_shot", "emulator_tuned"):
+        values |= numbers(choice, name) | numbers(loss, name)
+    assert values.keys() == set(METRICS)
+    parent = emulator().manifest
+    check_crossing(metrics(values, parent), parent=parent)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["Alice.Smith.HIV.safetensors"],
+        ["tensors-00001-of-00001.safetensors"],
+        ["tensors-00001-of-00003.safetensors", "tensors-00003-of-00003.safetensors"],
+        ["tensors-00002-of-00002.safetensors", "tensors.safetensors"],
+        ["tensors-12345-of-67890.safetensors"],
+        ["tensors-0000\u0661-of-00002.safetensors", "tensors-00002-of-00002.safetensors"],
+    ],
+)
+def test_tensor_files_of_a_delta_that_could_say_something_are_refused(files):
+    parent = emulator().manifest
+    artifact = delta(parent)
+    tensors = {
+        name: entry.model_copy(update={"file": files[number % len(files)]})
+        for number, (name, entry) in enumerate(artifact.manifest.tensors.items())
+    }
+    artifact.manifest = artifact.manifest.model_copy(update={"tensors": tensors})
+    _refused(artifact, "file", parent=parent)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1000, 2**31])
+def test_a_delta_in_any_number_of_files_passes(shard_bytes):
+    parent = emulator().manifest
+    plain = delta(parent)
+    fields = {"family": plain.manifest.family, "parent_digest": plain.manifest.parent_digest}
+    fields |= {"base_model": parent.base_model, "licence": parent.licence, "shard_bytes": shard_bytes}
+    check_crossing(Artifact.create("delta", plain.manifest.content, plain.tensors, **fields), parent=parent)
 
 
 def test_metrics_that_skipped_their_own_check_are_refused():

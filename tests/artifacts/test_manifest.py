@@ -5,6 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from scaleot_ray import __version__
 from scaleot_ray.artifacts import Artifact, DeltaContent, EmulatorContent, MetricsContent
 from scaleot_ray.artifacts.manifest import TensorEntry, check_file_name
 from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest, render_manifest
@@ -187,13 +188,22 @@ def test_other_schema_versions_are_refused(version):
         (("created",), "yesterday", "created"),
         (("dtype",), "pickle", "dtype"),
         (("parent_digest",), "A" * 64, "parent_digest"),
+        (("created",), "\u0662\u0660\u0662\u0666-11-23T15:02:07Z", "created"),
         (("library_version",), "1\n2", "library_version"),
+        (("library_version",), "patient.Alice.Smith.HIV+", "library_version"),
+        (("library_version",), "0.1.0+Alice", "library_version"),
+        (("library_version",), "1\u0661.0", "library_version"),
     ],
 )
 def test_field_that_is_not_what_it_must_be_is_named(path, value, named):
     with pytest.raises(ArtifactRefused, match="manifest") as caught:
         parse_manifest(_edited(small(), *path, value=value))
     assert named in caught.value.problem
+
+
+@pytest.mark.parametrize("version", [__version__, "0.1.0", "1.0.0rc1", "12.3.4.post1", "0.2.0.dev3"])
+def test_versions_of_the_library_pass(version):
+    assert parse_manifest(_edited(small(), "library_version", value=version)).library_version == version
 
 
 @pytest.mark.parametrize("shape", [[1] * 8, [0, 1 << 60], [], [1, 0, 1 << 59, 2]])

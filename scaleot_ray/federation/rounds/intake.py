@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import MODEL_OWNER, UNKNOWN_SENDER, AuditLog, data_owner
-from scaleot_ray.artifacts.crossing import cross
+from scaleot_ray.artifacts.crossing import cross, crossing_bytes
 from scaleot_ray.artifacts.gate import check_crossing
 from scaleot_ray.artifacts.manifest import DeltaContent, Kind, Manifest, MetricsContent
 from scaleot_ray.artifacts.untrusted import untrusted
@@ -170,7 +170,8 @@ class Intake:
             with self._refusals.counting(tenant):
                 self._recording(tenant, lambda: self._check_norm(norm), delta)
                 # Only now is it certain that it is let in.
-                self._audit.record(data_owner(tenant), MODEL_OWNER, "delta", delta.nbytes, delta.digest)
+                size = crossing_bytes(delta.manifest)
+                self._audit.record(data_owner(tenant), MODEL_OWNER, "delta", size, delta.digest)
                 metrics = self._read(tenant, "metrics", sent.metrics)
                 cross(metrics, data_owner(tenant), MODEL_OWNER, self._audit, parent=self._emulator)
         assert isinstance(metrics.manifest.content, MetricsContent)  # Manifest ties content to kind
@@ -211,7 +212,7 @@ class Intake:
         try:
             return check()
         except ArtifactRefused as error:
-            size, digest = (delta.nbytes, delta.digest) if delta is not None else (0, "")
+            size, digest = (crossing_bytes(delta.manifest), delta.digest) if delta is not None else (0, "")
             self._audit.record(
                 data_owner(tenant), MODEL_OWNER, kind, size, digest, decision="refused", reason=error.problem
             )

@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.artifacts.crossing import crossing_bytes
 from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import AggregationSettings, EmulatorSettings, RoundSettings
@@ -319,7 +320,7 @@ def test_prometheus_finds_a_runs_metrics(published: Published, parts: Parts) -> 
         ("ray_scaleot_round_quorum", {"run": published.folder.name, "round": "1"}, 1),
         ("ray_scaleot_tuning_starts_total", part, 1),
         ("ray_scaleot_crossings_total", {**crossing, "sender": "unknown sender", "decision": "refused"}, 1),
-        ("ray_scaleot_crossed_bytes_total", {**crossing, "decision": "sent"}, parts.delta.nbytes),
+        ("ray_scaleot_crossed_bytes_total", {**crossing, "decision": "sent"}, crossing_bytes(parts.delta.manifest)),
     ]
     deadline = time.monotonic() + 60  # Ray passes metrics on every few seconds
     while left := [one for one in wanted if one not in (found := exported())]:
