@@ -14,6 +14,7 @@ import torch
 from scaleot_ray import __version__
 from scaleot_ray.artifacts.manifest import SCHEMA_VERSION, Content, FileEntry, Kind, Manifest, TensorEntry
 from scaleot_ray.artifacts.raw_bytes import dtype_name, fingerprint
+from scaleot_ray.artifacts.untrusted import quoted
 from scaleot_ray.errors import ArtifactRefused
 
 SHARD_BYTES = 2 << 30
@@ -159,7 +160,7 @@ def check_names(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]
         if names:
             others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             not_listed = ": it is not on the manifest" if problem == "is extra" else ""
-            raise ArtifactRefused(f"{what} {min(names)!r} {problem}{others}{not_listed}.", _ALTERED)
+            raise ArtifactRefused(f"{what} {quoted(min(names))} {problem}{others}{not_listed}.", _ALTERED)
 
 
 def verify_tensor(name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from scaleot_ray.artifacts.untrusted import shortened
 from scaleot_ray.errors import ResourcesMissing
 
 Decision = Literal["sent", "received", "refused"]
@@ -94,7 +95,7 @@ class AuditLog:
                 read, no digest of rows.
             decision: ``sent`` by the party that sends, or by the coordinator between two; ``received`` by
                 one that received it as a folder; ``refused`` by either.
-            reason: why one was refused, or crosses past the gate.
+            reason: why one was refused, or crosses past the gate; the log has its first 500 characters.
 
         Raises:
             ResourcesMissing: the line cannot be written; what it is about must not cross then.
@@ -107,7 +108,7 @@ class AuditLog:
             "bytes": bytes,
             "digest": digest,
             "decision": decision,
-            "reason": reason,
+            "reason": shortened(reason) if reason is not None else None,
         }
         try:
             with self._appending() as (handle, size):

@@ -55,15 +55,16 @@ def check_delta(manifest: Manifest, parent: Manifest | None, start: str | None =
     if manifest.family != parent.family or manifest.model_config_json not in (None, parent.model_config_json):
         raise ArtifactRefused("the delta names another model family or config than its emulator.", _REMEDY)
     if content.method not in SETTINGS:
-        raise ArtifactRefused(f"method {content.method!r} is unknown (known: {', '.join(SETTINGS)}).", _REMEDY)
+        raise ArtifactRefused(f"method {quoted(content.method)} is unknown (known: {', '.join(SETTINGS)}).", _REMEDY)
     if content.positions != list(emulator.plug_in_positions):
         raise ArtifactRefused(
-            f"positions are {content.positions}; the plug-in layers are {list(emulator.plug_in_positions)}.", _REMEDY
+            f"positions are {quoted(content.positions)}; the plug-in layers are {list(emulator.plug_in_positions)}.",
+            _REMEDY,
         )
     keys = SETTINGS[content.method]
     if content.settings.keys() != keys:
         raise ArtifactRefused(
-            f"settings of {content.method} are {sorted(content.settings)}, expected {sorted(keys)}.", _REMEDY
+            f"settings of {content.method} are {quoted(sorted(content.settings))}, expected {sorted(keys)}.", _REMEDY
         )
     _check_file_names(manifest)
     expected = expected_tensors(content, parent, family)
@@ -150,7 +151,8 @@ def expected_tensors(content: DeltaContent, parent: Manifest, family: Family) ->
     width, (_, d) = _whole(content, "width"), model_sizes(parent)
     if content.settings["activation"] not in ACTIVATIONS:
         raise ArtifactRefused(
-            f"bottleneck: activation is {content.settings['activation']!r}, expected one of {', '.join(ACTIVATIONS)}.",
+            f"bottleneck: activation is {quoted(content.settings['activation'])}, expected one of "
+            f"{', '.join(ACTIVATIONS)}.",
             _REMEDY,
         )
     shapes = {"down.weight": [width, d], "down.bias": [width], "up.weight": [d, width], "up.bias": [d]}
@@ -166,7 +168,7 @@ def _targets(content: DeltaContent, family: Family) -> list[str]:
         or not set(targets) <= set(known)
     ):
         raise ArtifactRefused(
-            f"lora: targets are {targets!r}, expected some of {', '.join(known)}, each once.", _REMEDY
+            f"lora: targets are {quoted(targets)}, expected some of {', '.join(known)}, each once.", _REMEDY
         )
     return targets
 
@@ -174,7 +176,9 @@ def _targets(content: DeltaContent, family: Family) -> list[str]:
 def _whole(content: DeltaContent, key: str) -> int:
     value = content.settings[key]
     if not isinstance(value, int) or value < 1:
-        raise ArtifactRefused(f"{content.method}: {key} is {value!r}, expected a whole number above zero.", _REMEDY)
+        raise ArtifactRefused(
+            f"{content.method}: {key} is {quoted(value)}, expected a whole number above zero.", _REMEDY
+        )
     return value
 
 

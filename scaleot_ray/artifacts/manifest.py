@@ -167,7 +167,7 @@ class EmulatorContent(_Checked):
     def _consistent(self) -> EmulatorContent:
         unknown = sorted(set(self.layer_map) - set(ROLES))
         if unknown:
-            raise ValueError(f"layer_map has the role {unknown[0]!r}; known are {', '.join(ROLES)}")
+            raise ValueError(f"layer_map has the role {quoted(unknown[0])}; known are {', '.join(ROLES)}")
         count = self.layer_map.count("plug_in")
         if count != self.plug_in_layers:
             raise ValueError(f"plug_in_layers is {self.plug_in_layers}, but layer_map has {count} of them")
@@ -292,10 +292,10 @@ class Manifest(_Checked):
         if not isinstance(self.content, CONTENT[self.kind]):
             raise ValueError(f"kind is {self.kind!r}, but content describes something else")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype {quoted(self.dtype)} is none of {', '.join(DTYPES)}")
         for name, entry in self.tensors.items():
             if not _TENSOR_NAME.fullmatch(name) or name == "__metadata__":
-                raise ArtifactRefused(f"tensor name {name!r} is not allowed.", _NAMES_REMEDY)
+                raise ArtifactRefused(f"tensor name {quoted(name)} is not allowed.", _NAMES_REMEDY)
             check_file_name(entry.file)
             if "/" in entry.file or not entry.file.endswith(".safetensors"):
                 raise ArtifactRefused(
@@ -350,8 +350,8 @@ def check_file_name(name: str) -> None:
     parts = name.split("/")
     if name.startswith("/") or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
         raise ArtifactRefused(
-            f"file name {name!r} leads out of the artefact's directory.",
+            f"file name {quoted(name)} leads out of the artefact's directory.",
             "Do not use this artefact; ask its sender where it comes from.",
         )
     if len(parts) > 8 or not all(_FILE_NAME_PART.fullmatch(part) for part in parts):
-        raise ArtifactRefused(f"file name {name!r} is not allowed.", _NAMES_REMEDY)
+        raise ArtifactRefused(f"file name {quoted(name)} is not allowed.", _NAMES_REMEDY)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pydantic import ValidationError
 
 from scaleot_ray.artifacts.manifest import CONTENT, KINDS, MANIFEST_FILE, SCHEMA_VERSION, Kind, Manifest
+from scaleot_ray.artifacts.untrusted import quoted, shortened
 from scaleot_ray.errors import ArtifactRefused
 
 MANIFEST_LIMIT = 64 << 20
@@ -16,6 +18,7 @@ SENT_LIMIT = 4 << 20
 """Bytes of the largest manifest of a delta or of metrics that is received. A LoRA delta of all seven projections in all
 80 layers of a 70B model has 1,120 tensors, which need about 400 kB."""
 
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.+/-]{1,128}")
 _REMEDY = "Fetch the artefact again from its sender, or build it again; manifests are not edited by hand."
 
 
@@ -36,13 +39,13 @@ def parse_manifest(data: bytes) -> Manifest:
     version, kind = values.get("schema_version"), values.get("kind")
     if type(version) is int and version > SCHEMA_VERSION:
         raise ArtifactRefused(
-            f"{MANIFEST_FILE}: schema_version is {version}, newer than this library reads ({SCHEMA_VERSION}).",
+            f"{MANIFEST_FILE}: schema_version is {quoted(version)}, newer than this library reads ({SCHEMA_VERSION}).",
             "Upgrade scaleot_ray to the version that wrote the artefact, or later.",
         )
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise _refused(f"schema_version is {version!r}, expected {SCHEMA_VERSION}")
+        raise _refused(f"schema_version is {quoted(version)}, expected {SCHEMA_VERSION}")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise _refused(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        raise _refused(f"kind is {quoted(kind)}, expected one of {', '.join(KINDS)}")
     try:
         # Alone first: the union of contents would report the fields of the kinds it is not.
         CONTENT[kind].model_validate_json(json.dumps(values.get("content")), strict=True)
@@ -87,7 +90,7 @@ def _strict_json(data: bytes) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise _refused(f"the key {key!r} is there twice")
+                raise _refused(f"the key {quoted(key)} is there twice")
             result[key] = value
         return result
 
@@ -111,9 +114,14 @@ def _check_length(data: bytes, limit: int) -> None:
 
 def _first(error: ValidationError, place: tuple[str, ...]) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in (*place, *first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
+    where = shortened(".".join(_key(part) for part in (*place, *first["loc"])))
+    message = shortened(first["msg"].removeprefix("Value error, "))
     return f"{where}: {message}" if where else message
+
+
+def _key(part: str | int) -> str:
+    text = str(part)
+    return text if _PLAIN_KEY.fullmatch(text) else quoted(text)
 
 
 def _refused(problem: str) -> ArtifactRefused:

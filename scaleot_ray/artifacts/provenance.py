@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 
+from scaleot_ray.artifacts.untrusted import quoted
 from scaleot_ray.errors import ArtifactRefused
 
 NAME_LIMIT = 128
@@ -54,7 +55,7 @@ def check_model_name(name: str) -> None:
     if odd is not None:
         raise ArtifactRefused(f"base_model has the character {odd!a}, which a model's name does not have.", _REMEDY)
     if name[0] in "./~ " or name.count("/") > 1:
-        raise ArtifactRefused(f"base_model is {name!r}: a path, not a model's name.", _REMEDY)
+        raise ArtifactRefused(f"base_model is {quoted(name)}: a path, not a model's name.", _REMEDY)
 
 
 def check_licence(text: str) -> None:

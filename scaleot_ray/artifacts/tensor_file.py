@@ -19,6 +19,7 @@ import torch
 from scaleot_ray.artifacts.manifest import TensorEntry
 from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT
 from scaleot_ray.artifacts.raw_bytes import DTYPES, raw_bytes
+from scaleot_ray.artifacts.untrusted import quoted
 from scaleot_ray.errors import ArtifactRefused
 
 _CODES = {
@@ -127,13 +128,13 @@ def _difference(found: bytes, size: int, entries: Mapping[str, TensorEntry]) -> 
     for name in sorted(entries.keys() - header.keys()):
         return f"tensor {name!r} is missing"
     for name in sorted(header.keys() - entries.keys()):
-        return f"tensor {name!r} is extra: it is not on the manifest"
+        return f"tensor {quoted(name)} is extra: it is not on the manifest"
     for name, entry in entries.items():
         place = header[name] if isinstance(header[name], dict) else {}
         if place.get("dtype") != _CODES[entry.dtype]:
-            return f"tensor {name!r} has type {place.get('dtype')!r}, the manifest says {entry.dtype}"
+            return f"tensor {name!r} has type {quoted(place.get('dtype'))}, the manifest says {entry.dtype}"
         if place.get("shape") != entry.shape:
-            return f"tensor {name!r} has shape {place.get('shape')}, the manifest says {entry.shape}"
+            return f"tensor {name!r} has shape {quoted(place.get('shape'))}, the manifest says {entry.shape}"
     return "its safetensors header was altered"
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from scaleot_ray.artifacts import AuditLog
 from scaleot_ray.artifacts.audit import MODEL_OWNER, data_owner, evaluator, tenant_of
+from scaleot_ray.artifacts.untrusted import PROBLEM_LIMIT
 from scaleot_ray.errors import ResourcesMissing
 
 
@@ -148,3 +149,13 @@ def test_whose_a_party_is():
     names = ("alice", "owner", "evaluator", "data")
     assert [tenant_of(data_owner(name)) for name in names] == [tenant_of(evaluator(name)) for name in names] == [*names]
     assert [tenant_of(party) for party in (MODEL_OWNER, "coordinator", "evaluators", "data owners")] == [None] * 4
+
+
+def test_a_long_reason_is_cut(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for reason in ("x" * 1_000_000, "y" * PROBLEM_LIMIT, None):
+        log.record("a", "b", "delta", 1, "0", decision="refused", reason=reason)
+    long, whole, none = (entry["reason"] for entry in log.read())
+    assert long == "x" * (PROBLEM_LIMIT - 1) + "…"
+    assert (whole, none) == ("y" * PROBLEM_LIMIT, None)
+    assert log.path.stat().st_size < 5000

@@ -269,6 +269,40 @@ def test_oversized_text_is_refused():
         parse_manifest(b" " * (MANIFEST_LIMIT + 1))
 
 
+@pytest.mark.parametrize("long", ["\x1b[2J" + "x" * 1_000_000, "\u202e" * 1_000_000])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("kind",),
+        ("schema_version",),
+        ("dtype",),
+        ("base_model",),
+        ("created",),
+        ("tensors", "a.weight", "dtype"),
+        ("tensors", "a.weight", "file"),
+        ("content", "positions", 0),
+    ],
+)
+def test_whatever_a_manifest_says_its_refusal_is_short_and_readable(path, long):
+    with pytest.raises(ArtifactRefused) as caught:
+        parse_manifest(_edited(small(), *path, value=long))
+    assert len(caught.value.problem) < 1000
+    assert caught.value.problem.isprintable()
+
+
+@pytest.mark.parametrize("path", [(), ("content",), ("content", "settings"), ("tensors",), ("files",)])
+def test_whatever_keys_a_manifest_has_its_refusal_is_short_and_readable(path):
+    for key in ("\x1b[2J", "\x1b[2J" * 250_000, "a\nb", "\u202e", "'" * 1_000_000):
+        with pytest.raises(ArtifactRefused) as caught:
+            parse_manifest(_edited(small(), *path, key, value=None))
+        assert len(caught.value.problem) < 1000
+        assert caught.value.problem.isprintable()
+    twice = b'{"' + b"x" * 1_000_000 + b'": 1, "' + b"x" * 1_000_000 + b'": 2}'
+    with pytest.raises(ArtifactRefused, match="twice") as caught:
+        parse_manifest(twice)
+    assert len(caught.value.problem) < 1000
+
+
 def test_shares_and_margins():
     content = emulator().manifest.content
     assert isinstance(content, EmulatorContent)

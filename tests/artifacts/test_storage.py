@@ -376,3 +376,20 @@ def test_failed_swap_puts_the_old_directory_back(written):
         _swap(written.parent / "was never written", written, written.parent / "old")
     _same(before, read_artifact(written))
     assert os.listdir(written.parent) == ["artefact"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("shape", "\x1b[2J" * 1000), ("shape", list(range(10_000))), ("dtype", "\x1b[2J" * 1000)]
+)
+def test_a_header_that_says_something_else_is_quoted_and_cut(written, key, value):
+    file = written / "tensors.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["a.weight"][key] = value
+    text = json.dumps(header, ensure_ascii=False).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ArtifactRefused, match=r"tensor 'a\.weight' has") as caught:
+        read_artifact(written)
+    assert caught.value.problem.isprintable()
+    assert len(caught.value.problem) < 500 + len(str(written))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scaleot_ray.artifacts.artifact import Artifact
+from scaleot_ray.artifacts.untrusted import shortened
 from scaleot_ray.federation.roles.metrics import RunMetrics
 from scaleot_ray.federation.roles.run_log import RunLog
 from scaleot_ray.federation.rounds.administration import Request
@@ -72,7 +73,7 @@ class Events:
 
     def refused(self, tenant: str | None, number: int | None, reason: str) -> None:
         """A submission was refused; without a name where it did not show whose it is."""
-        self._log.warning(f"refused: {reason}", round=number, tenant=tenant)
+        self._log.warning(f"refused: {shortened(reason)}", round=number, tenant=tenant)
 
     def round_ends(self, found: Round, submitted: Mapping[str, bool]) -> None:
         """A round is finished, or has failed."""

@@ -10,6 +10,7 @@ import torch
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
 from scaleot_ray.artifacts.tensor_roles import family_named
+from scaleot_ray.artifacts.untrusted import quoted
 from scaleot_ray.config import TuneSettings
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.tuning.methods import method_named
@@ -57,7 +58,7 @@ class Fit:
         for key, value in method_named(tune.method).settings(tune, self._family).items():
             if content.settings.get(key) != value:
                 wanted = f"{_KEYS[key]}={value}" if key in _KEYS else repr(value)
-                return f"it was tuned with {key} {content.settings.get(key)!r}, and this run has {wanted}"
+                return f"it was tuned with {key} {quoted(content.settings.get(key))}, and this run has {wanted}"
         return None
 
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from scaleot_ray.artifacts.untrusted import shortened
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.federation.rounds.registry.database import Database
 from scaleot_ray.federation.rounds.registry.records import AGGREGATE, Tenant, TenantState, tenant_of
@@ -142,7 +143,7 @@ class Tenants:
             reason: why.
             count: how many.
         """
-        name, reason = sender if sender is not None else _UNKNOWN, reason[:500]
+        name, reason = sender if sender is not None else _UNKNOWN, shortened(reason)
         with self._database.writing():
             kept = {known for known, _ in self.refusals(sender)}
             if reason not in kept and len(kept) >= REFUSALS_KEPT:
