@@ -321,13 +321,15 @@ class Manifest(_Checked):
     def digest(self) -> str:
         """SHA-256 (hex) of the manifest as canonical JSON without ``created``; names the artefact."""
         values = self.model_dump(mode="json", exclude={"created"})
-        # Fields that came later count only where they are set: older artefacts keep their digests.
+        content = values["content"]
+        # Fields that came later count only where they say something: older artefacts keep their digests.
         for part, later in (
             (values, ("base_model", "licence")),
-            (values["content"], ("compression", "stage_one", "start")),
+            (content, ("compression", "stage_one", "start", "fit_tokens", "fit_steps")),
+            (content.get("stage_one") or {}, ("generated_tokens",)),
         ):
             for name in later:
-                if part.get(name) is None:
+                if part.get(name) in (None, 0):
                     part.pop(name, None)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

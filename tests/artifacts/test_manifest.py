@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,10 +55,25 @@ def test_deltas_from_before_base_model_licence_and_start_are_read_and_keep_their
     assert old.model_copy(update={"content": begun}).digest() != old.digest()
 
 
+def test_a_stored_emulator_of_an_earlier_version_keeps_its_digest():
+    text = (Path(__file__).parent / "earlier_emulator.json").read_bytes()  # written before emulators were fitted
+    old = parse_manifest(text)
+    # Deltas that were tuned on it name it so.
+    assert old.digest() == "24ebcfed03ee1dfc6406e0d891c7a0e541e4ddd4d537418a6bd9824ad159db09"
+    again = parse_manifest(render_manifest(old))
+    assert (again, again.digest()) == (old, old.digest())
+    said = [old.content.model_copy(update={name: 1}) for name in ("fit_tokens", "fit_steps")]
+    stage_one = old.content.stage_one.model_copy(update={"generated_tokens": 1})
+    said.append(old.content.model_copy(update={"stage_one": stage_one}))
+    digests = {old.model_copy(update={"content": content}).digest() for content in said}
+    assert len({old.digest(), *digests}) == 4
+
+
 def test_emulators_from_before_compression_and_stage_one_are_read_and_keep_their_digests():
     manifest = emulator().manifest
     values = json.loads(render_manifest(manifest))
     assert (values["content"].pop("compression"), values["content"].pop("stage_one")) == (None, None)
+    assert (values["content"].pop("fit_tokens"), values["content"].pop("fit_steps")) == (0, 0)
     old = parse_manifest(json.dumps(values).encode())
     assert old == manifest
     del values["created"]
