@@ -27,6 +27,7 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import DATA_OWNERS, MODEL_OWNER, UNKNOWN_SENDER, AuditLog, data_owner, evaluator
 from scaleot_ray.artifacts.crossing import cross
 from scaleot_ray.artifacts.storage import read_artifact, read_manifest, write_artifact
+from scaleot_ray.artifacts.untrusted import untrusted
 from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ArtifactRefused
@@ -304,7 +305,8 @@ class Coordinator(Role):
                     f"{evaluator(tenant)[:80]!a} is not declared in the settings.",
                     "Set evaluator, or leave these rows out.",
                 )
-            unpack_table(data, tenant, self._charge.metrics[tenant])
+            with untrusted():
+                unpack_table(data, tenant, self._charge.metrics[tenant])
         self._audit.record(*line)
         write_record(self._folder.table(tenant), json.loads(data))
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from scaleot_ray.artifacts.untrusted import quoted
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.evaluation.choice import ChoiceScore
 from scaleot_ray.evaluation.loss import LossScore
@@ -43,13 +44,13 @@ def unpack_table(data: bytes, name: str, metric: str) -> TenantTable:
     """
     values = _parsed(data)
     if values.keys() != {"name", "metric", "rows"} or not isinstance(values["rows"], dict):
-        raise _refused(f"has the keys {sorted(values)}, expected metric, name and rows")
+        raise _refused(f"has the keys {quoted(sorted(values))}, expected metric, name and rows")
     if (values["name"], values["metric"]) != (name, metric):
         raise _refused(f"is not the table of {name} by {metric}")
     lengths = set()
     for row, record in values["rows"].items():
         if row not in (*ROWS, AGGREGATE):
-            raise _refused(f"has the row {row!r}, expected some of {', '.join(ROWS)}")
+            raise _refused(f"has the row {quoted(row)}, expected some of {', '.join(ROWS)}")
         checks = _MEASURES[metric]
         if not isinstance(record, dict) or record.keys() != checks.keys():
             raise _refused(f"row {row} is not made of {', '.join(checks)}")

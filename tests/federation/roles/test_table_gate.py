@@ -56,6 +56,7 @@ def edited(table: TenantTable, *path: str, value: Any) -> bytes:
         (edited(LOSS, "name", value="bob"), "is not the table of alice by loss"),
         (pack_table(CHOICE), "is not the table of alice by loss"),
         (edited(LOSS, "rows", "Alice lives here", value={}), "has the row 'Alice lives here'"),
+        (edited(LOSS, "rows", "\x1b[2J" * 1_000_000, value={}), r"has the row '\\x1b\[2J.{,100}…, expected"),
         (edited(LOSS, "rows", "plug_in", "text", value=["Alice"]), "row plug_in is not made of sums, counts"),
         (edited(LOSS, "rows", "plug_in", value=1.5), "row plug_in is not made of"),
         (edited(LOSS, "rows", "plug_in", "sums", value=[1.5, "Alice", 2.0]), "sums holds something else"),

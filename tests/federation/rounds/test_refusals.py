@@ -143,6 +143,17 @@ def test_numbers_that_nothing_can_count_are_refused_like_any_other(bench: Bench)
     bench.send("ann", number, lambda: from_shared(good))
 
 
+def test_a_long_refusal_is_short_where_it_is_recorded(bench: Bench) -> None:
+    number = bench.begin()
+    long = _edited(to_shared(bench.tiny.delta(1.0)), "kind", value="\x1b[2J" * 250_000)
+    with pytest.raises(ArtifactRefused, match="kind is") as refused:
+        bench.send("ann", number, lambda: from_shared(long, "delta"))
+    (reason,) = [reason for reason, _ in bench.keeper.registry.tenants.refusals("ann")]
+    assert bench.audit.read()[-1]["reason"] == reason == refused.value.problem
+    assert reason.isprintable()
+    assert len(reason) < 500
+
+
 def test_what_is_no_artefact_is_refused_like_any_other(bench: Bench) -> None:
     number = bench.begin()
     good: Any = to_shared(bench.tiny.delta(1.0))
