@@ -6,7 +6,6 @@ from collections import defaultdict
 
 from scaleot_ray.artifacts.manifest import EmulatorContent, Manifest
 from scaleot_ray.artifacts.tensor_roles import HARMONIZER_TENSORS, TensorRole, emulator_content, tensor_roles
-from scaleot_ray.artifacts.untrusted import quoted
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import hidden_size, layer_count
 from scaleot_ray.families.config_fields import read_config

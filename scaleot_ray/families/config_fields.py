@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from scaleot_ray.errors import ArtifactRefused
 from scaleot_ray.families import family_of, layer_count
+from scaleot_ray.plain_text import plain_line
 
 MOST_LAYERS = 4096
 LARGEST = 1 << 24
@@ -72,7 +73,7 @@ def read_config(values: Mapping[str, Any] | None, layers: int | None = None) -> 
     except ArtifactRefused:
         raise
     except Exception as error:  # a config class may raise anything on values that come from outside
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = plain_line(str(error) or type(error).__name__)[:200]
         raise ArtifactRefused(f"model_config_json describes no known model ({reason}).", _REBUILD) from None
     _check_layers(found, layers)
     return config
