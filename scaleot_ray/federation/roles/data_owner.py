@@ -168,8 +168,11 @@ class PackedDataOwners(Role):
 
 
 def _earlier_steps(part: Part, number: int) -> int:
-    """Steps before round ``number``, of rounds that the data owner missed too: each round reads rows further on."""
-    return (number - 1) * part.tune.steps
+    """Steps before round ``number``, of rounds that the data owner missed too: each round reads rows further on.
+
+    Where rounds do not build on one another, a later one is the same command again: it finds what was tuned.
+    """
+    return (number - 1) * part.tune.steps if part.rounds > 1 else 0
 
 
 def _submit(role: Role, part: Part, emulator: Artifact, result: TuneResult, number: int, token: str) -> None:
