@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scaleot_ray.errors import DataError
-from scaleot_ray.evaluation.gain import Interval, bootstrap_means, difference
+from scaleot_ray.evaluation.gain import Interval, bootstrap_means, difference, ratio_interval
 from scaleot_ray.evaluation.score import Blocks, Score
 from scaleot_ray.evaluation.table import ROWS, SECONDARY, TenantTable, recovered_gain
 
@@ -134,10 +134,10 @@ def gain_record(rows: Mapping[str, Measured], measure: str) -> dict[str, Any]:
     names = ("full_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
     blocks = [rows[name].blocks(measure) for name in names]
     zero_shot, emulator, plug_in, tuned = bootstrap_means(blocks)
-    low, high = np.percentile((plug_in - emulator) / (tuned - zero_shot), (2.5, 97.5))
+    low, high = ratio_interval(plug_in - emulator, tuned - zero_shot)
     zero_shot, emulator, plug_in, tuned = (own.mean for own in blocks)
     lead = float((plug_in - emulator) / (tuned - zero_shot))
-    return {**vars(gain), "ahead": {"value": lead, "low": float(low), "high": float(high)}, "counts": lead >= AHEAD}
+    return {**vars(gain), "ahead": {"value": lead, "low": low, "high": high}, "counts": lead >= AHEAD}
 
 
 def _own(blocks: Blocks) -> Interval:

@@ -83,6 +83,13 @@ def difference(row: Blocks, other: Blocks, seed: int = 0, samples: int = 2000) -
     return Interval(row.mean - other.mean, float(low), float(high))
 
 
+def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
+    """Ends of the 95 % interval of a resampled ratio; draws whose denominator is 0, which have none, do not count."""
+    whole = denominators != 0
+    low, high = np.percentile(numerators[whole] / denominators[whole], (2.5, 97.5))
+    return float(low), float(high)
+
+
 def gain_between(
     full_zero_shot: Blocks, plug_in: Blocks, full_tuned: Blocks, seed: int = 0, samples: int = 2000
 ) -> Gain:
@@ -104,6 +111,5 @@ def gain_between(
             f"full tuned improves on full zero-shot by {improvement:.4f}, "
             f"no more than two standard errors ({2 * error:.4f})."
         )
-    low, high = np.percentile((plugged - zero_shot) / (tuned - zero_shot), (2.5, 97.5))
-    value = sign * (plug_in.mean - full_zero_shot.mean) / improvement
-    return Gain(value, float(low), float(high), True)
+    low, high = ratio_interval(plugged - zero_shot, tuned - zero_shot)
+    return Gain(sign * (plug_in.mean - full_zero_shot.mean) / improvement, low, high, True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleot_ray.errors import DataError
-from scaleot_ray.evaluation.gain import MINIMUM_BLOCKS, bootstrap_means, difference, gain_between
+from scaleot_ray.evaluation.gain import MINIMUM_BLOCKS, bootstrap_means, difference, gain_between, ratio_interval
 from scaleot_ray.evaluation.score import Blocks
 
 
@@ -88,6 +88,11 @@ def test_tuning_that_harms_or_changes_nothing_gives_no_gain() -> None:
     text = _hard_blocks()
     assert not gain_between(_loss(text), _loss(text - 0.1), _loss(text + 0.5)).usable
     assert not gain_between(_loss(text), _loss(text - 0.1), _loss(text)).usable
+
+
+def test_draws_without_an_improvement_have_no_ratio() -> None:
+    low, high = ratio_interval(np.array([0.0, *np.linspace(1, 2, 101)]), np.array([0.0, *np.ones(101)]))
+    assert (low, high) == pytest.approx((1.025, 1.975))
 
 
 def test_too_few_blocks_give_no_gain() -> None:
