@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 # What Ray puts into the environment of a job, and what it calls the folder of its copies.
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -39,7 +39,7 @@ def _folder_outlives_the_job(place: str) -> str:
     return place if is_uri(place) else _outlives_the_job(place)
 
 
-ResultFolder = Annotated[str, AfterValidator(_outlives_the_job)]
+ResultFolder = Annotated[str, Field(min_length=1), AfterValidator(_outlives_the_job)]
 """The setting of such a folder; :func:`scaleot_ray.config.parse` turns the refusal into a ConfigError."""
 
 ResultPlace = Annotated[str, AfterValidator(_folder_outlives_the_job)]

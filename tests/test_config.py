@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleot_ray.cli.settings import BuildSettings
+from scaleot_ray.cli.settings import BuildSettings, TuneCommandSettings
 from scaleot_ray.config import (
     DataSettings,
     EmulatorSettings,
@@ -421,3 +421,10 @@ def test_the_papers_recipe_is_one_key(section: type[OwnerSettings]) -> None:
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"recipe.*'papr'"):
         parse(BuildSettings, {"model": {"path": "m"}, "public": {"path": "p"}, "output": "o", "recipe": "papr"})
+
+
+@pytest.mark.parametrize("key", ["emulator", "output"])
+def test_an_unset_shell_variable_names_no_folder(key):
+    values = {"emulator": "e", "train": {"path": "t.jsonl"}, "output": "o", key: ""}
+    with pytest.raises(ConfigError, match=f"{key}: String should have at least 1 character"):
+        parse(TuneCommandSettings, values, "tune.yaml")

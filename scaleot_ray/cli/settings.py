@@ -35,7 +35,7 @@ class BuildSettings(OwnerSettings):
 class TuneCommandSettings(Settings):
     """``scaleot tune`` and ``jobs/tune.py``: an emulator and private data → a delta."""
 
-    emulator: str = Field(description="folder of an emulator artefact")
+    emulator: str = Field(min_length=1, description="folder of an emulator artefact")
     name: str = Field("data owner", description="name of the data owner, for progress and records")
     train: DataSettings = Field(description="private rows to tune on")
     test: DataSettings | None = Field(
@@ -57,8 +57,8 @@ class PlugSettings(Settings):
     """``scaleot plug`` and ``jobs/plug_in.py``: a base model and a delta → a checkpoint."""
 
     model: ModelSettings
-    emulator: str = Field(description="folder of the emulator the delta was tuned on")
-    delta: str = Field(description="folder of a delta artefact")
+    emulator: str = Field(min_length=1, description="folder of the emulator the delta was tuned on")
+    delta: str = Field(min_length=1, description="folder of a delta artefact")
     name: str = Field("data owner", description="name of the data owner who sent the delta, for the audit log")
     output: ResultFolder = Field(description="folder the Hugging Face checkpoint (or PEFT adapter) is written to")
     scale: Number = Field(1.0, description="λ, factor on the delta; 1 takes it as it is")
@@ -71,8 +71,8 @@ class EvaluateSettings(Settings):
 
     name: str = Field("test", description="name of the table")
     model: ModelSettings | None = Field(None, description="the full model; for three of the five rows")
-    emulator: str | None = Field(None, description="folder of an emulator artefact")
-    delta: str | None = Field(None, description="folder of a delta artefact")
+    emulator: str | None = Field(None, min_length=1, description="folder of an emulator artefact")
+    delta: str | None = Field(None, min_length=1, description="folder of a delta artefact")
     test: DataSettings = Field(description="rows to measure on")
     train: DataSettings | None = Field(None, description="training rows; for full_tuned only")
     validation: DataSettings | None = Field(
