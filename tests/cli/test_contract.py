@@ -145,7 +145,11 @@ class TestWrongInputs:
         assert "less than or equal to 1" in error["message"]
         assert "found 2" in error["message"]
 
-    @pytest.mark.parametrize("output", [".", "..", "a/..", "/", ""])
+    def test_an_empty_output(self, tmp_path: Path) -> None:
+        error = self.refused(tmp_path, "build", "--model=m", "--public=p", "--output=")
+        assert error["message"].startswith("scaleot build: output: ")
+
+    @pytest.mark.parametrize("output", [".", "..", "a/..", "/"])
     def test_output_without_a_name(self, tmp_path: Path, output: str) -> None:
         settings = BuildSettings(
             model=ModelSettings(path="m"), public=DataSettings(path="p"), output=output, overwrite=True

@@ -27,13 +27,13 @@ HOLD = "import time; held = bytearray({size}); print('ready', flush=True); time.
 SHARE = """
 import mmap, os, time
 shared = mmap.mmap(-1, {size})
-shared.write(bytes({size}))
+for page in range(0, {size}, 4096):
+    shared[page] = 1
 for _ in range(3):
     if os.fork() == 0:
-        shared.seek(0)
-        sum(shared.read()[::4096])
+        assert all(shared[page] for page in range(0, {size}, 4096))
         break
-print('ready', flush=True)
+os.write(1, b'ready' + bytes([10]))  # in one piece: print may write the end of the line apart
 time.sleep(60)
 """
 SIZE = 200 << 20
@@ -46,7 +46,8 @@ def child(program: str, count: int = 1, **environment: str) -> subprocess.Popen[
     )
     assert process.stdout is not None
     for _ in range(count):
-        assert process.stdout.readline() == "ready\n"
+        line = process.stdout.readline()
+        assert line == "ready\n", f"printed {line!r}, status {process.poll()}"
     return process
 
 
