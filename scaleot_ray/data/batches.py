@@ -44,7 +44,6 @@ class TokenBatches:
         batch_size: sequences per batch.
         pad_id: fills up the right of shorter sequences.
         seed: of the shuffling.
-        shuffle: False keeps the order of the examples.
         shuffle_buffer: examples held in memory.
         vocab_size: tokens the model knows; ids beyond are refused.
         passed: batches that have been gone through before, in earlier rounds; it begins behind them.
@@ -56,14 +55,13 @@ class TokenBatches:
         batch_size: int,
         pad_id: int,
         seed: int,
-        shuffle: bool = True,
         shuffle_buffer: int = 10_000,
         vocab_size: int | None = None,
         passed: int = 0,
     ) -> None:
         self.passed = passed
         self.batch_size, self.pad_id, self.seed, self.vocab_size = batch_size, pad_id, seed, vocab_size
-        self._examples, self._shuffle, self._buffer = examples, shuffle, shuffle_buffer
+        self._examples, self._buffer = examples, shuffle_buffer
         self._held: list[_Packed] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -101,15 +99,12 @@ class TokenBatches:
         following = next(source, None)
         if following is None:
             self._held = held
-        elif self._shuffle:
+        else:
             for example in itertools.chain([following], source):
                 place = order.randrange(len(held))
                 yield held[place]
                 held[place] = example
         yield from self._shuffled(held, order)
-        if following is not None and not self._shuffle:
-            yield following
-            yield from source
 
     def _begin(self) -> tuple[list[_Packed], Iterator[_Packed]]:
         """What fits into the buffer, and the examples after that."""
@@ -121,8 +116,7 @@ class TokenBatches:
 
     def _shuffled(self, held: Sequence[_Packed], order: random.Random) -> Iterator[_Packed]:
         indices = list(range(len(held)))
-        if self._shuffle:
-            order.shuffle(indices)
+        order.shuffle(indices)
         return (held[index] for index in indices)
 
 

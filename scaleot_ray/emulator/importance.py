@@ -88,11 +88,6 @@ class LayerScores:
         increase = torch.tensor(damage, dtype=torch.float64).clamp_min(1e-5).log()
         self.values = (increase - increase.mean()) / increase.std().clamp_min(1e-9)
 
-    def lowest(self, count: int) -> tuple[int, ...]:
-        """Positions of the ``count`` least important middle layers, in order of depth."""
-        order = torch.argsort(self.values, stable=True)[:count]
-        return tuple(sorted(self.middle[index] for index in order.tolist()))
-
     def by_position(self) -> dict[int, float]:
         """Score of each middle layer."""
         return dict(zip(self.middle, self.values.tolist(), strict=True))

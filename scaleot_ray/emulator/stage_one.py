@@ -16,9 +16,7 @@ from safetensors import SafetensorError
 
 from scaleot_ray.checkpoints import read_header, read_state, write_state
 from scaleot_ray.config import StageOneSettings
-from scaleot_ray.emulator.harmonizer import Harmonizer
 from scaleot_ray.errors import NO_ROOM, ResourcesMissing, RunFailed
-from scaleot_ray.families import Family
 
 Moments = dict[int, dict[str, torch.Tensor]]
 
@@ -63,14 +61,6 @@ class StageOne:
             (index for index in among if index in self.scores), key=lambda index: (self.scores[index], index)
         )
         return tuple(sorted(known[:count]))
-
-    def harmonizer(self, index: int, family: Family) -> Harmonizer:
-        """The harmonizer of one layer as a module."""
-        state = self.harmonizers[index]
-        rank, width = state["down.weight"].shape
-        module = Harmonizer(width, rank, self.settings.activation, family.returns_tuple)
-        module.load_state_dict(state)
-        return module
 
     def save(self, path: Path, extra: dict[str, torch.Tensor] | None = None, with_moments: bool = True) -> None:
         """Writes the state atomically: tensors, and everything else as JSON in the header.

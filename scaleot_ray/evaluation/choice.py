@@ -85,7 +85,6 @@ def evaluate_choice(
     examples: Iterable[ChoiceExample],
     pad_id: int,
     batch_size: int = 8,
-    limit: int | None = None,
     on_progress: OnProgress | None = None,
     stage: str = "evaluate",
 ) -> ChoiceScore:
@@ -101,7 +100,6 @@ def evaluate_choice(
         examples: see :func:`scaleot_ray.data.examples.choice_examples`; read once.
         pad_id: fills up the right of shorter sequences.
         batch_size: sequences (context and one answer) per forward pass.
-        limit: at most so many rows.
         on_progress: receives a report after each batch, counted in sequences.
         stage: name in the reports.
 
@@ -110,8 +108,8 @@ def evaluate_choice(
             length that the model cannot take.
         RunFailed: a log-likelihood is NaN or infinite.
     """
-    source = iter(islice(examples, limit))
-    total = len(range(len(examples))[:limit]) if isinstance(examples, Sized) else 0
+    source = iter(examples)
+    total = len(examples) if isinstance(examples, Sized) else 0
     parts: list[ChoiceScore] = []
     read = 0
     meter = ProgressMeter(stage, 0, on_progress)

@@ -36,11 +36,6 @@ class LossScore:
         """Nats per token over all blocks."""
         return self.blocks("loss").mean
 
-    @property
-    def perplexity(self) -> float:
-        """e to the loss; infinite beyond what a float holds."""
-        return perplexity(self.value)
-
     def blocks(self, measure: str) -> Blocks:
         """The loss block by block."""
         assert measure == "loss"

@@ -57,12 +57,17 @@ def _train(scores: LayerScores, worth: dict[int, float], steps: int, shuffle: bo
         scores.update(masks, losses, rate=1.0)
 
 
+def _lowest_two(scores: LayerScores) -> set[int]:
+    values = scores.by_position()
+    return set(sorted(values, key=values.__getitem__)[:2])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_order_layers_by_what_their_loss_costs(seed):
     worth = {1: 1.0, 2: 0.1, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 7: 0.1, 8: 1.0}
     scores = LayerScores(tuple(worth), 4, seed=seed)
     _train(scores, worth, steps=80)
-    assert scores.lowest(2) == (2, 7)
+    assert _lowest_two(scores) == {2, 7}
 
 
 def test_shuffled_rewards_do_not():
@@ -71,7 +76,7 @@ def test_shuffled_rewards_do_not():
     for seed in range(6):
         scores = LayerScores(tuple(worth), 4, seed=seed)
         _train(scores, worth, steps=80, shuffle=True)
-        found.append(scores.lowest(2) == (2, 7))
+        found.append(_lowest_two(scores) == {2, 7})
     assert sum(found) <= 2
 
 
@@ -84,5 +89,5 @@ def test_equal_rewards_move_nothing():
 def test_scores_start_from_single_layer_damage():
     scores = LayerScores((1, 2, 3, 4), 4)
     scores.start_from([0.5, 0.01, 0.2, 0.02])
-    assert scores.lowest(2) == (2, 4)
+    assert _lowest_two(scores) == {2, 4}
     assert scores.values.mean().item() == pytest.approx(0, abs=1e-9)

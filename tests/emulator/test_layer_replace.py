@@ -9,7 +9,7 @@ from scaleot_ray import checkpoints
 from scaleot_ray.checkpoints import read_state, write_state
 from scaleot_ray.config import StageOneSettings
 from scaleot_ray.emulator.distillation import distillation_loss
-from scaleot_ray.emulator.harmonizer import switchable
+from scaleot_ray.emulator.harmonizer import Harmonizer, switchable
 from scaleot_ray.emulator.layer_replace import train_stage_one
 from scaleot_ray.emulator.stage_one import StageOne, steps_done
 from scaleot_ray.errors import ResourcesMissing, RunFailed
@@ -46,7 +46,10 @@ def _distance(result: StageOne, replaced=(2, 3, 5)) -> float:
     """KL to the full model with three layers replaced, on tokens that were not trained on."""
     model = tiny_model("llama")
     family = family_of(model.config)
-    harmonizers = {index: result.harmonizer(index, family) for index in replaced}
+    harmonizers = {}
+    for index in replaced:
+        harmonizers[index] = Harmonizer(32, result.settings.harmonizer_rank, "identity", family.returns_tuple)
+        harmonizers[index].load_state_dict(result.harmonizers[index])
     tokens = tiny_tokens(16, 16, seed=5)
     with torch.no_grad(), switchable(model, family, harmonizers) as switchboard:
         teacher = model(input_ids=tokens).logits
