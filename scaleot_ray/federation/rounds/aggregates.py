@@ -37,7 +37,8 @@ class Aggregates:
         Raises:
             ConfigError, ArtifactRefused: as :func:`~scaleot_ray.plugin.aggregation.aggregate`.
         """
-        base, store = self._base(number), self._store
+        before, store = self._before(number), self._store
+        base = before.digest if before is not None else None
         counted = [one for one in counted if one.weight > 0]
         if not counted:
             raise ConfigError(
@@ -50,16 +51,19 @@ class Aggregates:
             began = start_of(self._registry, one.tuned_round)
             if began != base:
                 late[one.tenant] = store.fetch(began) if began is not None else None
-        carried = settings.server != "none" and base is not None
+        # Not that of round number - 1, which has none where all it was made of was revoked.
+        state = store.state(before.round) if before is not None and settings.server != "none" else None
         made = aggregate(
             [(one.tenant, store.fetch(one.digest), one.weight) for one in counted],
             settings,
             store.fetch(base) if base is not None else None,
-            store.state(number - 1) if carried else None,
+            state,
             late,
         )
         if made.state is not None:
             store.write_state(number, made.state)
+        else:  # one that was cut short may have written it, with other settings
+            store.remove_state(number)
         artifact = made.delta.to_artifact(self._emulator, base)
         store.add(artifact)
         how = {**settings.model_dump(mode="json"), "clipped": made.clipped, "lost": made.lost}
@@ -79,7 +83,8 @@ class Aggregates:
             if one.state != "active" or one.name != AGGREGATE:
                 continue
             found = [reasons[part.tenant] for part in self._registry.plug_ins.made_from(one) if part.tenant in reasons]
-            if found or self._began(one) != self._base(one.round):
+            before = self._before(one.round)
+            if found or self._began(one) != (before.digest if before is not None else None):
                 self._remake(one, set(reasons), "; ".join(found or reasons.values()))
                 changed.append(one.round)
         return changed
@@ -97,10 +102,10 @@ class Aggregates:
         self._registry.plug_ins.replace(made.round, new, reason)
         self._store.release({new.digest, *(one.digest for one in counted)})
 
-    def _base(self, number: int) -> str | None:
-        """Digest of the aggregate in force of the latest round before this one that has one."""
+    def _before(self, number: int) -> PlugIn | None:
+        """The aggregate in force of the latest round before this one that has one: what this one is made on top of."""
         found = [one for one in self._registry.plug_ins.of(AGGREGATE) if one.state == "active" and one.round < number]
-        return max(found, key=lambda one: one.round).digest if found else None
+        return max(found, key=lambda one: one.round, default=None)
 
     def _began(self, plug_in: PlugIn) -> str | None:
         """Digest of the aggregate that another one was made on top of."""

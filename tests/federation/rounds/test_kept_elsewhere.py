@@ -128,6 +128,24 @@ def test_nothing_is_acknowledged_that_is_not_in_the_store(bench: Elsewhere) -> N
     assert bench.value(AGGREGATE) == 2.0
 
 
+def test_a_state_that_was_cut_short_is_not_gone_on_with_in_another_way(bench: Elsewhere) -> None:
+    momentum, answers = AggregationSettings(server="momentum", server_momentum=0.5), 0
+    bench.new(rounds=RoundSettings(count=2), aggregation=momentum)
+    bench.send("ann", bench.begin(["ann"]), 1.0)
+    while not list(bench.handler.root.glob("runs/*/*/server/1.safetensors")):
+        bench.handler.answers = answers
+        with pytest.raises(ResourcesMissing):
+            bench.keeper.end(1)
+        answers += 1
+    bench.handler.answers = None
+    bench.new(aggregation=AggregationSettings())
+    assert bench.begin(["ann"]) == 2  # the first is ended by that, without momentum
+    bench.new(aggregation=momentum)
+    bench.send("ann", bench.begin(["ann"]), 2.0)
+    bench.keeper.end(2)
+    assert bench.value(AGGREGATE) == 2.0
+
+
 def test_a_damaged_aggregate_is_no_fault_of_the_next_sender(bench: Elsewhere) -> None:
     bench.new(rounds=RoundSettings(count=2))
     bench.send("ann", bench.begin(["ann"]), 1.0)

@@ -137,6 +137,24 @@ def test_momentum_goes_on_from_round_to_round(bench: Bench) -> None:
     assert bench.value(AGGREGATE) == 2.5  # 1, then 1 more and half of the first once more
 
 
+@pytest.mark.parametrize("between", ["a round that was revoked", "a run without an aggregate"])
+def test_momentum_goes_on_over_a_round_without_an_aggregate(bench: Bench, between: str) -> None:
+    how = AggregationSettings(server="momentum", server_momentum=0.5)
+    bench.new(rounds=RoundSettings(count=3, quorum=1), aggregation=how)
+    bench.send("ann", bench.begin(["ann"]), 1.0)
+    bench.keeper.end(1)
+    revoked = between == "a round that was revoked"
+    bench.new(aggregation=how if revoked else None)
+    bench.send("ben", bench.begin(["ben"]), 9.0)
+    bench.keeper.end(2)
+    if revoked:
+        assert bench.keeper.revoke("ben", "left") == [2]
+    bench.new(aggregation=how)
+    bench.send("ann", bench.begin(["ann"]), 2.0)
+    bench.keeper.end(3)
+    assert bench.value(AGGREGATE) == 2.5  # 1, then 1 more and half of the first once more
+
+
 def test_nothing_is_lost_with_the_keeper(bench: Bench) -> None:
     bench.new(rounds=RoundSettings(count=2), aggregation=AggregationSettings())
     number = bench.begin()
