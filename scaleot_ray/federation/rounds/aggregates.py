@@ -12,6 +12,10 @@ from scaleot_ray.federation.rounds.registry import AGGREGATE, NewPlugIn, PlugIn,
 from scaleot_ray.plugin.aggregation import aggregate
 
 
+class NotAggregated(ConfigError):
+    """What counts in a round cannot be aggregated in that way, wherever its result would be kept."""
+
+
 class Aggregates:
     """The aggregates of the rounds on one emulator.
 
@@ -35,13 +39,14 @@ class Aggregates:
         it is revoked.
 
         Raises:
-            ConfigError, ArtifactRefused: as :func:`~scaleot_ray.plugin.aggregation.aggregate`.
+            NotAggregated: as :func:`~scaleot_ray.plugin.aggregation.aggregate` raises ConfigError.
+            ArtifactRefused, ConfigError, ResourcesMissing: as the store, which is as it was then but for the state.
         """
         before, store = self._before(number), self._store
         base = before.digest if before is not None else None
         counted = [one for one in counted if one.weight > 0]
         if not counted:
-            raise ConfigError(
+            raise NotAggregated(
                 f"tenants: no delta of round {number} has a weight above 0, so there is nothing to aggregate.",
                 "Give a data owner that submits a weight above 0, or leave aggregation out.",
             )
@@ -53,13 +58,12 @@ class Aggregates:
                 late[one.tenant] = store.fetch(began) if began is not None else None
         # Not that of round number - 1, which has none where all it was made of was revoked.
         state = store.state(before.round) if before is not None and settings.server != "none" else None
-        made = aggregate(
-            [(one.tenant, store.fetch(one.digest), one.weight) for one in counted],
-            settings,
-            store.fetch(base) if base is not None else None,
-            state,
-            late,
-        )
+        deltas = [(one.tenant, store.fetch(one.digest), one.weight) for one in counted]
+        start = store.fetch(base) if base is not None else None
+        try:
+            made = aggregate(deltas, settings, start, state, late)
+        except ConfigError as error:
+            raise NotAggregated(error.problem, error.remedy) from error
         if made.state is not None:
             store.write_state(number, made.state)
         else:  # one that was cut short may have written it, with other settings
@@ -77,6 +81,7 @@ class Aggregates:
 
         Raises:
             ArtifactRefused: a delta in the store is damaged; what was made anew by then stays so.
+            ConfigError, ResourcesMissing: the store cannot be read or written; likewise.
         """
         changed = []
         for one in self._registry.plug_ins.all():
@@ -95,7 +100,7 @@ class Aggregates:
         how = {key: value for key, value in made.settings.items() if key in AggregationSettings.model_fields}
         try:
             new = self.make(made.round, counted, AggregationSettings(**how))
-        except ConfigError:  # nobody is left, or too few for this way of aggregating
+        except NotAggregated:  # nobody is left, or too few for this way of aggregating
             self._registry.plug_ins.revoke(AGGREGATE, made.round, reason)
             self._store.remove_state(made.round)
             return

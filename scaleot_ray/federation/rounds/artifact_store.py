@@ -11,6 +11,7 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.atomic import remove_directory
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.artifacts.storage import read_manifest, write_artifact
+from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.federation.folder import clear_unfinished
 from scaleot_ray.plugin.aggregation import ServerState
 
@@ -70,7 +71,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def remove(self, digest: str) -> None:
-        """Removes an artefact, if it is here."""
+        """Removes an artefact, if it is here; raises ResourcesMissing where it cannot be."""
 
     @abstractmethod
     def release(self, kept: Collection[str]) -> None:
@@ -78,7 +79,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def write_state(self, number: int, state: ServerState) -> None:
-        """Keeps the server optimizer's state after a round, in place of an earlier one of the same."""
+        """Keeps the server optimizer's state after a round, in place of an earlier one; raises ResourcesMissing."""
 
     @abstractmethod
     def state(self, number: int) -> ServerState | None:
@@ -86,7 +87,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def remove_state(self, number: int) -> None:
-        """Removes a round's state, if there is one."""
+        """Removes a round's state, if there is one; raises ResourcesMissing where it cannot be."""
 
 
 class FolderStore(ArtifactStore):
@@ -129,14 +130,16 @@ class FolderStore(ArtifactStore):
 
     def remove(self, digest: str) -> None:
         """See :meth:`ArtifactStore.remove`."""
-        remove_directory(self._deltas / digest)
+        with in_words(self._deltas / digest, "removed"):
+            remove_directory(self._deltas / digest)
 
     def release(self, kept: Collection[str]) -> None:
         """Nothing was fetched."""
 
     def write_state(self, number: int, state: ServerState) -> None:
         """See :meth:`ArtifactStore.write_state`."""
-        state.write(self._state(number))
+        with in_words(self._state(number), "written"):
+            state.write(self._state(number))
 
     def state(self, number: int) -> ServerState | None:
         """See :meth:`ArtifactStore.state`."""
@@ -144,7 +147,21 @@ class FolderStore(ArtifactStore):
 
     def remove_state(self, number: int) -> None:
         """See :meth:`ArtifactStore.remove_state`."""
-        self._state(number).unlink(missing_ok=True)
+        with in_words(self._state(number), "removed"):
+            self._state(number).unlink(missing_ok=True)
 
     def _state(self, number: int) -> Path:
         return self._states / f"{number}.safetensors"
+
+
+@contextmanager
+def in_words(path: Path, done: str) -> Iterator[None]:
+    """The system's errors as one with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourcesMissing(
+            f"{KEY}: {path} cannot be {done} ({error.strerror or error}).",
+            "See whether its disk has room, and may be written to; then run the same command again: what was "
+            "acknowledged is there.",
+        ) from error

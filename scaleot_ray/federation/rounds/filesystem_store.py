@@ -25,7 +25,7 @@ from scaleot_ray.artifacts.manifest_json import MANIFEST_LIMIT, parse_manifest
 from scaleot_ray.artifacts.piecewise import StoredArtifact
 from scaleot_ray.artifacts.storage import CHECKSUM_BYTES, entries_by_file, read_manifest, write_artifact
 from scaleot_ray.errors import ArtifactRefused, ResourcesMissing
-from scaleot_ray.federation.rounds.artifact_store import KEY, ArtifactStore
+from scaleot_ray.federation.rounds.artifact_store import KEY, ArtifactStore, in_words
 from scaleot_ray.plugin.aggregation import ServerState
 
 _BLOCK = 8 << 20
@@ -128,7 +128,8 @@ class FilesystemStore(ArtifactStore):
     def write_state(self, number: int, state: ServerState) -> None:
         """See :meth:`ArtifactStore.write_state`."""
         with self._scratch() as folder:
-            state.write(folder / "state.safetensors")
+            with in_words(self._cache, "written"):
+                state.write(folder / "state.safetensors")
             self._upload(folder / "state.safetensors", _state(number))
 
     def state(self, number: int) -> ServerState | None:
@@ -196,7 +197,8 @@ class FilesystemStore(ArtifactStore):
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
-        self._cache.mkdir(parents=True, exist_ok=True)
+        with in_words(self._cache, "written"):
+            self._cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._cache) as folder:
             yield Path(folder)
 

@@ -36,7 +36,8 @@ class Revocations:
 
         Raises:
             ArtifactRefused: a delta in the store is damaged.
-            ResourcesMissing: the store does not answer; once more, it goes on from there.
+            ConfigError, ResourcesMissing: the store does not answer, or cannot be written; once more, it goes on from
+                there.
         """
         reasons = self._reasons()
         if not reasons:

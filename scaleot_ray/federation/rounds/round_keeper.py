@@ -21,7 +21,7 @@ from scaleot_ray.artifacts.manifest import DeltaContent, Manifest
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import AggregationSettings, RoundSettings, TuneSettings
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
-from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
+from scaleot_ray.federation.rounds.aggregates import Aggregates, NotAggregated, in_use
 from scaleot_ray.federation.rounds.artifact_location import Location, open_store
 from scaleot_ray.federation.rounds.earlier_emulators import EarlierEmulators
 from scaleot_ray.federation.rounds.fit import Fit
@@ -98,7 +98,7 @@ class RoundKeeper:
         self.made_anew: list[int] = []
         # Where it cannot be done, whoever revokes or restores what is damaged must get here all the same; no round
         # begins before it is done.
-        with suppress(ArtifactRefused, ResourcesMissing):
+        with suppress(ArtifactRefused, ConfigError, ResourcesMissing):
             self.made_anew = self._revocations.finish()
         with suppress(ConfigError, ResourcesMissing):
             self._revocations.finish_earlier()
@@ -242,9 +242,10 @@ class RoundKeeper:
         """Closes a round and makes its plug-ins, unless it stays below its quorum; again, it changes nothing.
 
         Raises:
-            ConfigError: as :func:`~scaleot_ray.plugin.aggregation.aggregate`; the round has failed then, so that
-                with other settings, or with more data owners, it goes on.
+            NotAggregated: as :meth:`Aggregates.make`; the round has failed then, so that with other settings, or with
+                more data owners, it goes on.
             ArtifactRefused: a delta that counts is damaged.
+            ConfigError, ResourcesMissing: the store cannot be read or written; the round stays closed.
         """
         self._intake.write_refusals()
         current = self.registry.rounds.close(number)
@@ -257,7 +258,7 @@ class RoundKeeper:
             if self.aggregation is not None:
                 try:
                     results.append(self._aggregates.make(number, counted, self.aggregation))
-                except ConfigError as error:
+                except NotAggregated as error:
                     self.registry.rounds.fail(number, error.problem)
                     raise
             self.registry.plug_ins.finish_round(number, results)
@@ -288,7 +289,7 @@ class RoundKeeper:
             Rounds whose aggregate changed; once more, none.
 
         Raises:
-            ConfigError: there is no such data owner.
+            ConfigError: there is no such data owner; or, as ResourcesMissing, the store cannot be written.
             ArtifactRefused: a delta on disk is damaged.
         """
         if self.registry.tenants.find(tenant) is None and self._earlier.find(tenant) is not None:

@@ -17,6 +17,7 @@ from scaleot_ray.federation.rounds.filesystem_store import FilesystemStore
 from scaleot_ray.plugin.aggregation import ServerState
 from tests.artifacts.examples import small
 from tests.federation.rounds.faulty_filesystem import faulty
+from tests.full_disk import largest_file
 
 STATE = ServerState(3, {"momentum/a": torch.ones(4, dtype=torch.float64)})
 
@@ -99,6 +100,23 @@ def test_what_is_looked_at_and_rejected_is_not_kept(tmp_path: Path, make: Callab
     with pytest.raises(ValueError, match="too long"):
         look()
     assert store.has(artifact.digest)  # it was there before
+
+
+@pytest.mark.parametrize("make", [through_uri, in_a_folder])
+def test_what_this_machine_cannot_write_is_said_in_words(tmp_path: Path, make: Callable[[Path], ArtifactStore]) -> None:
+    store = make(tmp_path)
+    with largest_file(100), pytest.raises(ResourcesMissing, match=r"artifacts: .* cannot be written .*too large"):
+        store.write_state(1, STATE)
+    assert store.state(1) is None
+
+
+def test_what_cannot_be_removed_is_said_in_words(tmp_path: Path) -> None:
+    store = in_a_folder(tmp_path)
+    for name, remove in (("deltas", lambda: store.remove("ab")), ("server", lambda: store.remove_state(1))):
+        (tmp_path / "remote" / "one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "remote" / "one" / name).touch()
+        with pytest.raises(ResourcesMissing, match=rf"artifacts: .*{name}/.* cannot be removed \(Not a directory"):
+            remove()
 
 
 def test_an_upload_that_breaks_off_leaves_nothing_visible(remote: Remote) -> None:

@@ -339,6 +339,24 @@ def test_too_few_for_a_trimmed_mean_withdraw_the_aggregate(bench: Bench) -> None
     assert bench.value("ann") == 1.0
 
 
+def test_a_store_that_cannot_be_written_withdraws_no_aggregate(bench: Bench) -> None:
+    bench.new(aggregation=AggregationSettings())
+    number = bench.begin()
+    for name, value in zip(NAMES, (1.0, 2.0, 6.0), strict=True):
+        bench.send(name, number, value)
+    (kept,) = bench.folder.glob("c/*/deltas")
+    for value, attempt in ((3.0, lambda: bench.keeper.end(number)), (1.5, lambda: bench.keeper.revoke("cas", "left"))):
+        made = kept / bench.tiny.delta(value).digest
+        made.symlink_to(bench.folder / "audit.jsonl" / "delta")  # where nobody can write, whoever they are
+        with pytest.raises(ConfigError, match=r"audit\.jsonl/delta: cannot be written"):
+            attempt()
+        assert bench.keeper.registry.rounds.get(number).state == ("closed" if value == 3.0 else "finished")
+        bench.new()  # whoever would mend it gets here
+        made.unlink()
+        attempt()
+        assert bench.value(AGGREGATE) == value
+
+
 def test_rounds_without_an_aggregate_are_no_rounds_of_one(bench: Bench) -> None:
     number = bench.begin(["ann"])
     bench.send("ann", number, 1.0)
