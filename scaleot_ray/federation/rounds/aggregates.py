@@ -140,3 +140,23 @@ def in_use(registry: Registry, staleness: int = 0) -> set[str]:
         used |= {start for found in kept if (start := start_of(registry, found.tuned_round)) is not None}
     # What is under way, may go on, or may still be submitted late began with these.
     return used | {one.start for one in rounds[-1 - staleness :] if one.start is not None}
+
+
+def remove_unused(registry: Registry, store: ArtifactStore, staleness: int = 0) -> None:
+    """Removes from a store what is not :func:`in_use`, and states that no aggregate in force was made with.
+
+    Raises:
+        ResourcesMissing: the store does not answer, or cannot be written; once more, it goes on from there.
+    """
+    made = {one.round for one in registry.plug_ins.of(AGGREGATE) if one.state == "active"}
+    for one in registry.rounds.all():
+        if one.number not in made:
+            store.remove_state(one.number)
+    for digest in unused(registry, store, staleness):
+        store.remove(digest)
+
+
+def unused(registry: Registry, store: ArtifactStore, staleness: int = 0) -> list[str]:
+    """Digests of what is in a store and not :func:`in_use`, which a revocation removes."""
+    used = in_use(registry, staleness)
+    return [digest for digest in store.digests() if digest not in used]

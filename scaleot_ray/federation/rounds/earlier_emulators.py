@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from scaleot_ray.federation.rounds.aggregates import in_use
+from scaleot_ray.federation.rounds.aggregates import remove_unused, unused
 from scaleot_ray.federation.rounds.artifact_location import open_store
+from scaleot_ray.federation.rounds.artifact_store import ArtifactStore
 from scaleot_ray.federation.rounds.own_registry import known_registries
 from scaleot_ray.federation.rounds.registry import AGGREGATE, Registry, Tenant
 
@@ -21,10 +22,11 @@ class EarlierEmulators:
     Args:
         folder: of the run's coordinator.
         present: the start of the present emulator's digest.
+        registry: folder of the registry, as the run's settings say.
     """
 
-    def __init__(self, folder: Path, present: str) -> None:
-        self._folder, self._present = folder, present
+    def __init__(self, folder: Path, present: str, registry: Path) -> None:
+        self._folder, self._present, self._registry = folder, present, registry
 
     def find(self, name: str) -> Tenant | None:
         """A data owner of theirs: as it was excluded, if it was on one of them."""
@@ -37,7 +39,7 @@ class EarlierEmulators:
         return found
 
     def revoke(self, name: str, reason: str) -> None:
-        """Withdraws all that came from a data owner; once more, it changes nothing.
+        """Withdraws all that came from a data owner, or what is left of it; once more, it changes nothing.
 
         An aggregate that it was in, and those that began with one, are withdrawn as a whole: without their emulator
         they cannot be made anew.
@@ -51,24 +53,33 @@ class EarlierEmulators:
         """
         for emulator, path in self._registries():
             with Registry(path, write=False) as registry:
-                tenant = registry.tenants.find(name)
-                there = tenant is not None and (tenant.state != "revoked" or _lasting(registry, name))
-            if there:
+                left = self._is_left(emulator, registry, name)
+            if left:
                 self._revoke(emulator, path, name, reason)
+
+    def _is_left(self, emulator: str, registry: Registry, name: str) -> bool:
+        """Whether a data owner was not revoked there, or its revocation was cut short."""
+        tenant = registry.tenants.find(name)
+        if tenant is None:
+            return False
+        if tenant.state != "revoked" or _lasting(registry, name):
+            return True
+        return bool(unused(registry, self._store(emulator, registry)))
+
+    def _store(self, emulator: str, registry: Registry) -> ArtifactStore:
+        return open_store(None, registry, emulator, self._folder / emulator)
 
     def _revoke(self, emulator: str, path: Path, name: str, reason: str) -> None:
         with Registry(path) as registry:
             registry.tenants.set_state(name, "revoked", reason)
             for plug_in in _lasting(registry, name):
                 registry.plug_ins.revoke(*plug_in, reason)
-            store, used = open_store(None, registry, emulator, self._folder / emulator), in_use(registry)
-            for digest in store.digests():
-                if digest not in used:
-                    store.remove(digest)
+            remove_unused(registry, self._store(emulator, registry))
 
     def _registries(self) -> Iterator[tuple[str, Path]]:
         """Start of the digest and registry of each emulator but the present one."""
-        return ((emulator, path) for emulator, path in known_registries(self._folder) if emulator != self._present)
+        known = known_registries(self._folder, self._registry)
+        return ((emulator, path) for emulator, path in known if emulator != self._present)
 
 
 def _lasting(registry: Registry, name: str) -> list[tuple[str, int]]:

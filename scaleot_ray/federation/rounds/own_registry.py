@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.federation.rounds.registry import Registry
@@ -43,12 +44,9 @@ def check_own(folder: Path, registry: Path, emulator: str) -> None:
     known = read_record(note)
     if "identity" not in known:
         return
-    found = "there is none"
-    if path.is_file():
-        with Registry(path, write=False) as there:
-            if there.identity() == known["identity"]:
-                return
-        found = "that is the registry of another run"
+    if _is_that(path, known):
+        return
+    found = "that is the registry of another run" if path.is_file() else "there is none"
     raise ConfigError(
         f"{KEY}: this run's registry is not {path}: {found}. It was {known.get('file')} on {known.get('machine')}.",
         f"Go on there, or copy it here with no run under way (docs/administration.md, back-up) and set {KEY} to its "
@@ -64,10 +62,29 @@ def note_own(folder: Path, registry: Registry, path: Path, emulator: str) -> Non
         write_record(note, values)
 
 
-def known_registries(folder: Path) -> list[tuple[str, Path]]:
-    """Registries of the run's folder that are on this machine, with the start of their emulator's digest."""
-    found = ((note.parent.name, read_record(note).get("file")) for note in sorted(folder.glob(f"*/{_NOTE}")))
-    return [(emulator, Path(file)) for emulator, file in found if isinstance(file, str) and Path(file).is_file()]
+def known_registries(folder: Path, registry: Path) -> list[tuple[str, Path]]:
+    """Registries of a run that are on this machine, with the start of their emulator's digest.
+
+    Only that of the present emulator is noted anew where it is moved; the others have moved with it.
+
+    Args:
+        folder: of the run's coordinator.
+        registry: where the setting ``registry`` says they are by now.
+    """
+    found = []
+    for note in sorted(folder.glob(f"*/{_NOTE}")):
+        known, emulator = read_record(note), note.parent.name
+        places = [Path(str(known.get("file"))), registry_file(registry, emulator)]
+        found += [(emulator, place) for place in places if _is_that(place, known)][:1]
+    return found
+
+
+def _is_that(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a file is the registry that a note is about."""
+    if "identity" not in known or not path.is_file():
+        return False
+    with Registry(path, write=False) as there:
+        return there.identity() == known["identity"]
 
 
 def _note(folder: Path, emulator: str) -> Path:

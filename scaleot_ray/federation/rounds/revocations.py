@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaleot_ray.federation.rounds.aggregates import Aggregates, in_use
+from scaleot_ray.federation.rounds.aggregates import Aggregates, remove_unused
 from scaleot_ray.federation.rounds.artifact_store import ArtifactStore
 from scaleot_ray.federation.rounds.earlier_emulators import EarlierEmulators
 from scaleot_ray.federation.rounds.registry import Registry
@@ -51,10 +51,7 @@ class Revocations:
         for plug_in in plug_ins.all():
             if plug_in.name in reasons and plug_in.state == "active":
                 plug_ins.revoke(plug_in.name, plug_in.round, reasons[plug_in.name])
-        used = in_use(self._registry, self._staleness)
-        for digest in self._store.digests():
-            if digest not in used:
-                self._store.remove(digest)
+        remove_unused(self._registry, self._store, self._staleness)
         return changed
 
     def finish_earlier(self) -> None:

@@ -90,7 +90,7 @@ class RoundKeeper:
         except BaseException:
             self.registry.close()
             raise
-        self._earlier = EarlierEmulators(folder, own)
+        self._earlier = EarlierEmulators(folder, own, registry)
         self._aggregates = Aggregates(emulator, self.registry, self._store)
         self._revocations = Revocations(self.registry, self._store, self._aggregates, self._earlier, rounds.staleness)
         self._weights, self._fit = dict(weights), Fit(emulator, tunes or {})

@@ -357,6 +357,22 @@ def test_a_store_that_cannot_be_written_withdraws_no_aggregate(bench: Bench) -> 
         assert bench.value(AGGREGATE) == value
 
 
+def test_a_revocation_removes_the_state_of_a_round_without_a_result(bench: Bench) -> None:
+    how = AggregationSettings(server="momentum", server_learning_rate=2.0)
+    bench.new(aggregation=how, rounds=RoundSettings(quorum=1))
+    bench.send("ann", bench.begin(["ann"]), 1.0)
+    (kept,) = bench.folder.glob("c/*/deltas")
+    made = kept / bench.tiny.delta(2.0).digest
+    made.symlink_to(bench.folder / "audit.jsonl" / "delta")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        bench.keeper.end(1)
+    made.unlink()
+    assert list(bench.folder.glob("c/*/server/*"))  # it is what ann sent
+    bench.keeper.revoke("ann", "left")
+    assert not list(bench.folder.glob("c/*/server/*"))
+    assert bench.keeper.end(1).state == "failed"
+
+
 def test_rounds_without_an_aggregate_are_no_rounds_of_one(bench: Bench) -> None:
     number = bench.begin(["ann"])
     bench.send("ann", number, 1.0)
