@@ -135,7 +135,7 @@ def contributions(
     for name, _, weight in deltas:
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"{name}: the weight {weight} is no number from 0 on.", "Give its number of rows, or 1.")
-    total = sum(weight for _, _, weight in deltas)
+    total = math.fsum(weight for _, _, weight in deltas)  # exact, so that their order does not matter
     if total <= 0:
         raise ConfigError("All weights are 0, so no delta counts.", "Give one of them a weight above 0.")
     late, deltas = late or {}, [one for one in deltas if one[2] > 0]

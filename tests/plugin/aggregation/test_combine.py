@@ -89,6 +89,18 @@ def test_the_order_of_arrival_does_not_matter(tmp_path: Path, method: str) -> No
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
 
 
+def test_nor_does_the_order_of_weights_whose_sum_is_rounded(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    deltas = [plain_delta({"w": torch.randn(1000, generator=generator, dtype=torch.float64)}) for _ in range(3)]
+    given = [
+        (f"owner-{i}", write_delta(delta, tmp_path / str(i)), weight)
+        for i, (delta, weight) in enumerate(zip(deltas, (0.1, 0.2, 0.3), strict=True))
+    ]
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    first, second = (aggregate(one, AggregationSettings()).delta.tensors["w"] for one in (given, given[::-1]))
+    assert torch.equal(first, second)
+
+
 @settings(deadline=None, max_examples=25)
 @given(count=st.integers(3, 9), attack=st.sampled_from([1e6, -1e6, 1e30]), data=st.data())
 def test_a_minority_cannot_move_median_or_trimmed_mean(
