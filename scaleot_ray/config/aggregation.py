@@ -34,7 +34,7 @@ class AggregationSettings(Settings):
         description="longest norm a delta may count with; a longer one is shortened to it. Not for a mean of low-rank "
         "factors, and not for tune.method=bottleneck",
     )
-    seed: int = Field(0, description="dare: which values are dropped")
+    seed: int = Field(0, description="dare: which values are dropped, in each round others")
     server: Literal["none", "momentum", "adam"] = Field(
         "none",
         description="what becomes of a round's result: taken as it is, or as the gradient of FedAvgM or FedAdam",

@@ -71,7 +71,8 @@ def aggregate(
             counts like that of the others.
 
     Raises:
-        ConfigError: the method does not fit how the deltas were tuned, or they do not fit one another.
+        ConfigError: the method does not fit how the deltas were tuned, or they do not fit one another; or what it
+            makes of them is not finite.
         ArtifactRefused: a delta is damaged, or has changed on disk; names the folder and the tensor.
     """
     parts = contributions(deltas, start, late)
@@ -85,13 +86,21 @@ def aggregate(
         tensors, state = server_step(settings, tensors, state)
     if base is not None and settings.method not in LOW_RANK:
         _add(tensors, base)
-    delta = Delta(
-        method,
-        tuple(parts[0].content.positions),
-        made,
-        {name: tensors[name].to(_dtype(parts, name)) for name in parts[0].stored.manifest.tensors},
-    )
+    found = {name: tensors[name].to(_dtype(parts, name)) for name in parts[0].stored.manifest.tensors}
+    _check_finite(found)
+    delta = Delta(method, tuple(parts[0].content.positions), made, found)
     return Aggregate(delta, [part.name for part in parts if part.factor < 1], lost, state)
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises where values became too large: nothing that came in was not finite."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(
+                f"aggregation: what was made of the deltas has values in {name!r} that {tensor.dtype} cannot hold.",
+                "Lower aggregation.server_learning_rate, or leave aggregation.server out, and run again: what was "
+                "submitted counts.",
+            )
 
 
 def _dtype(parts: Sequence[Contribution], name: str) -> torch.dtype:
@@ -147,12 +156,13 @@ def _combined(
                 "values do not correspond.",
                 "Set the same rank, alpha or width for all, or aggregate low-rank deltas by concat or svd.",
             )
+    seed = f"{settings.seed} {base.manifest.digest()}" if base is not None else str(settings.seed)
     combine = {
         "mean": lambda name: weighted_mean(parts, name),
         "median": lambda name: median(parts, name),
         "trimmed_mean": lambda name: trimmed_mean(parts, name, settings.trim),
         "ties": lambda name: thinned.ties(parts, name, settings.density),
-        "dare": lambda name: thinned.dare(parts, name, settings.density, settings.seed),
+        "dare": lambda name: thinned.dare(parts, name, settings.density, seed),
     }[settings.method]
     return {name: combine(name) for name in parts[0].stored.manifest.tensors}, own, 0.0
 

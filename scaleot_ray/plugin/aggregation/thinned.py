@@ -26,11 +26,11 @@ def ties(parts: Sequence[Contribution], name: str, density: float) -> torch.Tens
     return merge_utils.ties(_all(parts, name), weights, density)
 
 
-def dare(parts: Sequence[Contribution], name: str, density: float, seed: int) -> torch.Tensor:
+def dare(parts: Sequence[Contribution], name: str, density: float, seed: str) -> torch.Tensor:
     """Of every delta a random share of the values, scaled up to make good for the others, summed by weight.
 
-    DARE, arXiv 2311.03099. The same seed gives the same values. Holds the tensor of all deltas at once,
-    several times.
+    DARE, arXiv 2311.03099. The same seed gives the same values, so each round needs one of its own: what all
+    rounds dropped would never change. Holds the tensor of all deltas at once, several times.
     """
     from peft.utils import merge_utils
 

@@ -97,6 +97,13 @@ def test_the_server_state_survives_on_disk(tmp_path: Path) -> None:
         aggregate(given, AggregationSettings(server="momentum"), state=state)
 
 
+def test_a_result_that_is_not_finite_is_refused_by_its_setting(tmp_path: Path) -> None:
+    given = two(tmp_path, torch.ones(8), torch.ones(8))
+    with pytest.raises(ConfigError, match=r"values in 'w' that torch\.float32 cannot hold") as caught:
+        aggregate(given, AggregationSettings(server="momentum", server_learning_rate=1e39))
+    assert "aggregation.server_learning_rate" in caught.value.remedy
+
+
 def test_ties_keeps_what_a_majority_agrees_on(tmp_path: Path) -> None:
     given = two(tmp_path, torch.tensor([4.0, 1.0, -3.0, 0.1]), torch.tensor([2.0, 0.1, 5.0, 0.2]))
     found = aggregate(given, AggregationSettings(method="ties", density=0.5)).delta.tensors["w"]

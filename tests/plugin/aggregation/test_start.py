@@ -54,6 +54,18 @@ def test_a_server_optimizer_sees_the_change(tmp_path: Path) -> None:
     )
 
 
+def test_dare_drops_others_in_each_round(tmp_path: Path) -> None:
+    settings, start, values = AggregationSettings(method="dare", density=0.5), None, torch.zeros(1000)
+    for turn in range(12):  # each time one further
+        given = [("owner", write_delta(plain_delta({"w": values + 1}), tmp_path / f"delta-{turn}"), 1.0)]
+        values = aggregate(given, settings, start).delta.tensors["w"]
+        assert torch.equal(values, aggregate(given, settings, start).delta.tensors["w"])
+        start = write_delta(plain_delta({"w": values}), tmp_path / f"start-{turn}")
+    assert values.mean().item() == pytest.approx(12, abs=0.5)
+    # Half of 12 rounds count twice: a deviation of √12, where always the same ones would give 12.
+    assert values.std().item() == pytest.approx(12**0.5, abs=0.5)
+
+
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("method", ["concat", "svd"])
 def test_low_rank_changes(tmp_path: Path, method: str, clip: bool) -> None:
