@@ -116,7 +116,9 @@ class Database:
             if not execute("SELECT 1 FROM sqlite_master").fetchone():
                 self._run(TABLES)
                 execute("INSERT INTO meta VALUES ('version', ?), ('generation', '0')", (str(VERSION),))
-            self._upgrade()
+            if not self._upgrade():
+                execute("ROLLBACK")
+                return  # it is refused, and whoever writes to it goes on
             execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'generation'")
             self._generation = int(execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()[0])
             execute("COMMIT")
@@ -124,13 +126,14 @@ class Database:
             execute("ROLLBACK")
             raise
 
-    def _upgrade(self) -> None:
-        """Brings tables of an earlier version up to this one; within a transaction."""
+    def _upgrade(self) -> bool:
+        """Brings tables of an earlier version up to this one, within a transaction; whether they are of it now."""
         found = self._connection.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
-        version = int(found[0]) if found and found[0].isdecimal() else VERSION
-        for number in range(version, VERSION):
+        version = int(found[0]) if found and found[0].isdecimal() else None
+        for number in range(version if version is not None else VERSION, VERSION):
             self._run(UPGRADES[number])
             self._connection.execute("UPDATE meta SET value = ? WHERE key = 'version'", (str(number + 1),))
+        return version is not None and version <= VERSION
 
     def _run(self, statements: str) -> None:
         for statement in statements.split(";\n"):

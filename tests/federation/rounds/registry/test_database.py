@@ -118,6 +118,16 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         Registry(tmp_path / "r.sqlite")
 
 
+def test_whoever_refuses_another_version_takes_nothing_over(tmp_path: Path) -> None:
+    with filled(tmp_path / "r.sqlite") as registry:
+        with registry._database.writing():
+            registry._database.execute("UPDATE meta SET value = '99' WHERE key = 'version'")
+        with pytest.raises(ConfigError, match="is a registry of version 99"):
+            Registry(tmp_path / "r.sqlite")
+        registry.tenants.set_state("ann", "paused")
+        assert registry.tenants.get("ann").state == "paused"
+
+
 def test_a_damaged_file_is_said_to_be(tmp_path: Path) -> None:
     path = tmp_path / "r.sqlite"
     with filled(path, " ".join(f"owner{number}" for number in range(300))):
