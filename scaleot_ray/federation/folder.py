@@ -21,6 +21,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from scaleot_ray.errors import ConfigError
 _OWN = ("model_owner", "tenants", "evaluator", "coordinator")
 _LEFT_AT_THE_TOP = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\.report\.json\.\d+")
 _LEFT_INSIDE = re.compile(r"\.scaleot-[0-9a-f]+\.(partial|replaced)|\..+\.(safetensors|json)\.\d+")
+
+# Whoever only looks whether a run is there has the lock as well, for a moment: is_held.
+_LOOKS, _LOOK_SECONDS = 10, 0.02
 
 
 class FolderHeld(ConfigError):
@@ -103,7 +107,7 @@ class RunFolder:
             ) from error
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle)
             except BlockingIOError:
                 raise FolderHeld(
                     f"output: another run is working in {self.path}.", "Wait for it, or set output to another folder."
@@ -142,6 +146,18 @@ class RunFolder:
         _remove(left)
         for own in _OWN:
             clear_unfinished(self.path / own)
+
+
+def _lock(handle: int) -> None:
+    """Takes the lock for oneself alone; raises BlockingIOError where a run has it."""
+    for _ in range(_LOOKS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with RunFolder(tmp_path / "run").held():
         pass
+
+
+def test_whoever_looks_is_no_other_run(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).held():
+        pass
+    handle = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as is_held does, but for longer
+    threading.Timer(0.05, os.close, (handle,)).start()
+    with RunFolder(tmp_path).held():
+        assert RunFolder(tmp_path).is_held()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
