@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scaleot_ray.artifacts.audit import AuditLog
+from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.config import RoundSettings
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing, RunFailed, ScaleOTError
@@ -74,14 +75,14 @@ def administer(folder: RunFolder, request: Request, seconds: float = 300.0) -> l
         seconds: to wait for the answer of a run that is under way.
 
     Raises:
-        ConfigError: no run has been here, or as :func:`carry_out`.
+        ConfigError: no run has been here, or none that came to its emulator, or as :func:`carry_out`.
         ArtifactRefused, ResourcesMissing: as :func:`carry_out`.
         RunFailed: the run that is under way does not answer, or could not do it for another reason.
     """
     registry = registry_of(folder)
     try:
         with folder.held():
-            emulator = read_manifest(folder.emulator)
+            emulator = emulator_of(folder)
             audit = AuditLog(folder.audit)
             with RoundKeeper(
                 emulator, folder.emulator, folder.coordinator, registry, audit, RoundSettings(), None, {}
@@ -101,6 +102,18 @@ def registry_of(folder: RunFolder) -> Path:
     if noted is None:
         raise ConfigError(f"{folder.path}: no run with data owners has been here.", "Give the folder of a run.")
     return Path(noted)
+
+
+def emulator_of(folder: RunFolder) -> Manifest:
+    """Manifest of a run's emulator.
+
+    Raises:
+        ConfigError: there is none yet.
+        ArtifactRefused: it is damaged.
+    """
+    if not folder.emulator.exists():
+        raise ConfigError(f"{folder.path}: there is no emulator yet.", "Wait until the model owner has built it.")
+    return read_manifest(folder.emulator)
 
 
 def registry_place(folder: RunFolder, registry: str | None) -> Path:

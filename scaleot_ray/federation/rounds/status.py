@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from scaleot_ray.artifacts.storage import read_manifest
-from scaleot_ray.errors import ConfigError
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.rounds.administration import registry_of
+from scaleot_ray.federation.rounds.administration import emulator_of, registry_of
 from scaleot_ray.federation.rounds.own_registry import check_own, registry_file
 from scaleot_ray.federation.rounds.registry import AGGREGATE, PlugIn, Registry
 
@@ -22,9 +20,7 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
         ArtifactRefused: the emulator in the folder is damaged.
     """
     place = registry_of(folder)
-    if not folder.emulator.exists():
-        raise ConfigError(f"{folder.path}: there is no emulator yet.", "Wait until the model owner has built it.")
-    digest = read_manifest(folder.emulator).digest()
+    digest = emulator_of(folder).digest()
     check_own(folder.coordinator, place, digest[:16])
     with Registry(registry_file(place, digest[:16]), write=False) as registry:
         return {

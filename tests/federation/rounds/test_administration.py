@@ -63,6 +63,14 @@ def test_where_no_run_has_been(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_where_no_run_came_to_its_emulator(ended: RunFolder) -> None:
+    ended.emulator.unlink()
+    for ask in (run_status, lambda folder: administer(folder, Request("revoke", "ann", ""))):
+        with pytest.raises(ConfigError, match="there is no emulator yet") as caught:
+            ask(ended)
+        assert "model owner" in caught.value.remedy
+
+
 def test_a_run_that_is_under_way_is_asked(ended: RunFolder) -> None:
     kinds = (ConfigError, ArtifactRefused, ResourcesMissing, RunFailed, Interrupted)
     with ended.held():
