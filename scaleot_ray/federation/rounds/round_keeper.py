@@ -128,7 +128,8 @@ class RoundKeeper:
     def begin(self, names: Sequence[str]) -> Round | None:
         """The round to work on: one that an earlier run left open or that failed, or the next; None after the last.
 
-        Without an aggregate rounds do not build on one another: every run begins one of its own.
+        Without an aggregate rounds do not build on one another: every run begins one of its own, and one with an
+        aggregate does not go on with what such a run left.
 
         Args:
             names: data owners of the run; who is not admitted (any more) does not take part.
@@ -152,15 +153,22 @@ class RoundKeeper:
         elif current is not None and current.state == "closed":
             self.end(current.number)
             return self.begin(names)
-        elif past and past[-1].state in ("open", "failed"):
+        elif past and past[-1].state in ("open", "failed") and not self._ignores_aggregate(past[-1]):
             self._check_start(past[-1].number, past[-1].start, taking)
             return rounds.reopen(past[-1].number, taking, quorum, deadline)
-        elif len(self._aggregates.rounds()) >= self.rounds.count:
-            return None
+        else:
+            if current is not None:
+                rounds.fail(current.number, "a run without aggregation began it, and ended before it did")
+            if len(self._aggregates.rounds()) >= self.rounds.count:
+                return None
         start = self.registry.plug_ins.in_force(AGGREGATE) if self.aggregation is not None else None
         digest = start.digest if start is not None else None
         self._check_start(len(past) + 1, digest, taking)
         return rounds.open(self.emulator.digest(), taking, quorum, digest, deadline)
+
+    def _ignores_aggregate(self, latest: Round) -> bool:
+        """Whether a round begins with the emulator though there is an aggregate: a run without one began it."""
+        return latest.start is None and self.registry.plug_ins.in_force(AGGREGATE) is not None
 
     def withdraw_misfits(self) -> list[Withdrawal]:
         """Takes out of a round that has no result yet what was not tuned as this run's settings say.

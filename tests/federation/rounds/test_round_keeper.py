@@ -388,6 +388,32 @@ def test_rounds_without_an_aggregate_are_no_rounds_of_one(bench: Bench) -> None:
     assert bench.keeper.begin(["ann"]) is None
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_run_without_an_aggregate_left_is_no_round_of_one(bench: Bench, count: int) -> None:
+    with_aggregate = {"rounds": RoundSettings(count=count), "aggregation": AggregationSettings()}
+    bench.new(**with_aggregate)
+    bench.send("ann", bench.begin(["ann"]), 3.0)
+    bench.keeper.end(1)
+    bench.new(aggregation=None)
+    bench.send("ann", bench.begin(["ann"]), 1.0)  # and it was killed
+    bench.new(**with_aggregate)
+    bench.keeper.admit("ann", {})
+    found = bench.keeper.begin(["ann"])
+    left = bench.keeper.registry.rounds.get(2)
+    assert (left.state, left.reason) == ("failed", "a run without aggregation began it, and ended before it did")
+    if count == 1:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.number, found.start) == (3, bench.keeper.in_common().digest)  # type: ignore[union-attr]
+    bench.new(**with_aggregate)
+    assert bench.begin(["ann"]) == 3  # that one goes on
+    bench.send("ann", 3, 5.0)
+    bench.keeper.end(3)
+    assert bench.value(AGGREGATE) == 5.0
+    assert bench.keeper.begin(["ann"]) is None
+
+
 def test_a_delta_that_counted_before_max_norm_stays(bench: Bench) -> None:
     bench.send("ann", bench.begin(["ann"]), 1.0)
     bench.keeper.end(1)
