@@ -139,14 +139,16 @@ def check_aggregation(settings: RunSettings) -> None:
 
 
 def _check_trim(settings: RunSettings, how: AggregationSettings) -> None:
-    # A round that went on with its quorum alone would end after all have tuned.
-    count = settings.rounds.quorum or len(settings.tenants)
+    # A round that went on with its quorum alone would end after all have tuned. What has weight 0 is in no aggregate.
+    silent = sum(tenant.weight == 0 for tenant in settings.tenants)
+    count = max((settings.rounds.quorum or len(settings.tenants)) - silent, 1)
     if how.method != "trimmed_mean" or not how.trim or math.floor(how.trim * count + 1e-9):
         return
     of = f"the {count} deltas of rounds.quorum" if settings.rounds.quorum else f"{count} deltas"
+    of += " with a weight above 0" if silent else ""
     enough = math.ceil(1000 / count) / 1000
     remedies = [f"aggregation.trim to {enough:g} or more (below 0.5)"] if enough < 0.5 else []
-    if (larger := math.ceil(1 / how.trim)) <= len(settings.tenants):
+    if (larger := math.ceil(1 / how.trim) + silent) <= len(settings.tenants):
         remedies.append(f"rounds.quorum to {larger} or more")
     remedies.append("aggregation.method to median")
     raise ConfigError(

@@ -164,6 +164,23 @@ def test_a_trimmed_mean_that_its_quorum_is_too_small_for_is_refused_first(tmp_pa
     assert error.remedy == "Set aggregation.trim to 0.1 or more (below 0.5), or aggregation.method to median."
 
 
+def test_who_has_weight_0_is_not_counted_for_a_trimmed_mean(tmp_path: Path) -> None:
+    def silent(trim: float, quorum: int | None) -> RunSettings:
+        settings = of_ten(tmp_path, trim, quorum)
+        tenants = (settings.tenants[0].model_copy(update={"weight": 0.0}), *settings.tenants[1:])
+        return settings.model_copy(update={"tenants": tenants})
+
+    error = refusal(silent(0.1, None))
+    assert error.problem == (
+        "aggregation.trim: 0.1 of 9 deltas with a weight above 0 is less than one, so none would be left out."
+    )
+    check_aggregation(silent(0.112, None))
+    error = refusal(silent(0.125, 8))
+    assert error.problem.startswith("aggregation.trim: 0.125 of the 7 deltas of rounds.quorum with a weight above 0")
+    assert "rounds.quorum to 9 or more" in error.remedy
+    check_aggregation(silent(0.125, 9))
+
+
 def tuned_by(folder: Path, count: int, how: str, **aggregation: Any) -> Needs:
     """What so many data owners need with a 7B model and a way of aggregating."""
     tune = {"method": "lora"} if how in ("concat", "svd") else {}
