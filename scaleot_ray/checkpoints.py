@@ -50,7 +50,7 @@ class CheckpointPace:
 
 
 def write_state(path: Path, tensors: dict[str, torch.Tensor], key: str, text: str) -> None:
-    """Writes one safetensors file in place of the one at ``path``, which stays whole until this one is.
+    """Writes one safetensors file in place of the one at ``path``, which stays whole until this one is on the disk.
 
     Args:
         tensors: by name; on any device.
@@ -65,13 +65,22 @@ def write_state(path: Path, tensors: dict[str, torch.Tensor], key: str, text: st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(cpu, temporary, metadata={key: text, _CHECKSUM: _checksum(cpu, text)})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)  # else the machine's end may take back the new name
     except SafetensorError as error:
         raise as_os_error(error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Has a file, or the names in a folder, on the disk before it returns; raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_state(path: Path, key: str) -> tuple[dict[str, torch.Tensor], str]:

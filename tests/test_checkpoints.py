@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import SafetensorError
 
@@ -61,6 +63,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert torch.equal(tensors[name], tensor)
         assert tensors[name].dtype == tensor.dtype
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["state"]
+
+
+def test_what_is_written_outlives_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, really = list[str](), os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}") + (" named" if (tmp_path / "state").exists() else ""))
+        really(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_state(tmp_path / "state", TENSORS, "kind", "text")
+    assert flushed == [f"{tmp_path}/.state.{os.getpid()}", f"{tmp_path} named"]
 
 
 def test_every_flipped_bit_and_every_missing_byte_is_seen(tmp_path: Path) -> None:

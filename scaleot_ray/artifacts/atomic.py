@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scaleot_ray.checkpoints import flush
 from scaleot_ray.errors import NO_ROOM, ConfigError, ResourcesMissing
 
 
@@ -40,10 +41,10 @@ def atomic_directory(directory: str | Path, needed: int, marker: str, overwrite:
         partial.mkdir()
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         check_replaceable(target, marker, overwrite)
         _swap(partial, target, replaced)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         if error.errno in NO_ROOM:
             raise _no_room(target, needed, _free_bytes(target)) from error
@@ -106,14 +107,6 @@ def _swap(partial: Path, target: Path, replaced: Path) -> None:
         if replaced.exists() and not target.exists():
             os.rename(replaced, target)
         raise
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _free_bytes(target: Path) -> int:

@@ -39,7 +39,7 @@ def crashes(tiny: TinyDeltas, work: Path, scenario: str) -> list[dict[str, Any]]
 def test_a_round(tiny: TinyDeltas, tmp_path: Path) -> None:
     found = crashes(tiny, tmp_path, "submit")
     # Between the files of a delta, inside of transactions, while the aggregate is made, before an answer is given.
-    for step in ("open tensors.safetensors", "INSERT INTO submissions", "open .1.safetensors", "acknowledge ben"):
+    for step in ("open tensors.safetensors", "INSERT INTO submissions", "os.rename .1.safetensors", "acknowledge ben"):
         assert any(one["before"].startswith(step) for one in found), step
     assert any(one["at_once"]["submitted"] == ["ann"] and not one["acknowledged"] for one in found)
     for one in found:
@@ -52,7 +52,7 @@ def test_a_round(tiny: TinyDeltas, tmp_path: Path) -> None:
 
 def test_a_revocation(tiny: TinyDeltas, tmp_path: Path) -> None:
     found = crashes(tiny, tmp_path, "revoke")
-    for step in ("UPDATE tenants", "open .1.safetensors", "INSERT INTO plug_ins", "os.r", "acknowledge revoked"):
+    for step in ("UPDATE tenants", "os.rename .1.safetensors", "INSERT INTO plug_ins", "os.r", "acknowledge revoked"):
         assert any(one["before"].startswith(step) for one in found), step
     cut_short = [one for one in found if one["at_once"]["states"]["ben"] == "revoked" and not one["acknowledged"]]
     assert len(cut_short) > 5
