@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -230,14 +231,22 @@ class Actors:
             ScaleOTError: an actor failed, and nobody sees to it.
         """
         while not finished():
-            ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
-            for answer in ready:
+            for answer in self._ready():
                 self._see_to(answer)
             self._give_up_starts()
             if self.coordinator.started:
                 self.between()
                 self._pass_on_reports()
                 self._silence.look(self._working())
+
+    def _ready(self) -> list[ray.ObjectRef]:
+        """An answer that has come, if one does within a moment."""
+        if not self._waiting:
+            # Nobody was asked anything, as while all wait for a place on a cluster: Ray would not wait at all.
+            time.sleep(_LOOK_SECONDS)
+            return []
+        ready: list[ray.ObjectRef] = ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)[0]
+        return ready
 
     def failure(self, actor: Running, error: Exception) -> ScaleOTError:
         """An exception that an answer raised, as an error that names the actor."""
