@@ -21,6 +21,7 @@ from scaleot_ray.federation.preflight import (
     check_registry,
     preflight,
 )
+from scaleot_ray.federation.resources import machine as machines
 from scaleot_ray.federation.resources.machine import Machine, this_machine, usable_memory
 from scaleot_ray.federation.resources.needs import RAY, Needs, activations, run_needs, trained_parameters
 from scaleot_ray.federation.run import run_local
@@ -252,3 +253,29 @@ def test_this_machine_is_plausible() -> None:
     machine = this_machine()
     assert machine.cpus >= 1
     assert 0 < machine.memory == pytest.approx(usable_memory(), rel=0.5)
+
+
+MIB = 1 << 20
+VERSIONS = {
+    "2": ("memory.max", "memory.current", "memory.stat", ""),
+    "1": ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_containers_limit_counts_but_not_the_pages_of_files_it_has_read(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, used, statistics, prefix = VERSIONS[version]
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{64 * MIB}\n")
+    (tmp_path / used).write_text(f"{60 * MIB}\n")
+    (tmp_path / statistics).write_text(
+        f"{prefix}anon {9 * MIB}\n{prefix}inactive_file {40 * MIB}\n{prefix}active_file {10 * MIB}\n{prefix}shmem {MIB}\n"
+    )
+    monkeypatch.setattr(machines, "_CONTROL_GROUP", tmp_path)
+    assert usable_memory() == 54 * MIB
+    (tmp_path / statistics).unlink()
+    assert usable_memory() == 4 * MIB
+    (tmp_path / limit).write_text("max\n" if version == "2" else f"{(1 << 63) - 4096}\n")
+    assert usable_memory() > 64 * MIB

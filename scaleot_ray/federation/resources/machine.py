@@ -13,6 +13,17 @@ import torch
 from scaleot_ray.processors import usable_cores
 
 _SHARED_MEMORY = Path("/dev/shm")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+# Of version 2 and of version 1: the limit, what is used, and which of that the kernel can take back (the files' pages).
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
 _SOCKET_PATH_LIMIT = 40  # Ray appends about 65 characters; unix sockets take 107
 
 
@@ -44,12 +55,17 @@ def this_machine() -> Machine:
 
 
 def usable_memory() -> int:
-    """Bytes of memory that are free for us, in this container."""
+    """Bytes of memory that are free for us, in this container.
+
+    What holds pages of files that were read or written counts as free: the kernel takes it back when it is needed.
+    """
     free = int(psutil.virtual_memory().available)
-    limit = _first_line(Path("/sys/fs/cgroup/memory.max"))
-    if limit.isdigit():
-        used = _first_line(Path("/sys/fs/cgroup/memory.current"))
-        free = min(free, int(limit) - int(used or 0))
+    for limit, used, statistics, of_files in _LIMITS:
+        most = _text(_CONTROL_GROUP / limit)
+        if most.isdigit():
+            counts = dict(line.split() for line in _text(_CONTROL_GROUP / statistics).splitlines())
+            reclaimable = sum(int(counts.get(key, 0)) for key in of_files)
+            free = min(free, int(most) - int(_text(_CONTROL_GROUP / used) or 0) + reclaimable)
     return max(free, 0)
 
 
@@ -70,7 +86,7 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _first_line(path: Path) -> str:
+def _text(path: Path) -> str:
     try:
         return path.read_text().strip()
     except OSError:
