@@ -11,7 +11,7 @@ from scaleot_ray.config import RunSettings
 from scaleot_ray.data.dataset_key import check_sources
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
-from scaleot_ray.federation.driver.placement import Placement, check_labels, check_places
+from scaleot_ray.federation.driver.placement import Placement, check_labels, check_places, check_sharing
 from scaleot_ray.federation.driver.schedule import MachineSchedule, Schedule
 from scaleot_ray.federation.driver.works import all_works
 from scaleot_ray.federation.preflight import check_coordinator, check_storage, preflight
@@ -131,6 +131,7 @@ def on_cluster(
         needs = run_needs(settings, owner.size)
         check_storage(settings, needs)
         check_coordinator(needs, usable_memory())
+        check_sharing(needs.emulator, nodes[0])
         if not placement.autoscaling:
             check_places(all_works(settings, needs), needs.emulator, nodes)
         rows_bytes = look_at_tenants(settings, owner)

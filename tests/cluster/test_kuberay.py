@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from scaleot_ray.config import DataSettings, RunSettings, load_yaml
 from scaleot_ray.errors import ResourcesMissing
-from scaleot_ray.federation.driver.placement import check_labels, check_places
+from scaleot_ray.federation.driver.placement import check_labels, check_places, check_sharing
 from scaleot_ray.federation.driver.works import all_works
 from scaleot_ray.federation.preflight import check_aggregation
 from scaleot_ray.federation.resources.needs import run_needs
@@ -201,6 +201,7 @@ def _look(run: RunSettings, job: Document) -> None:
     """Looks at the job's nodes as the run does before it starts, for a model of 7B parameters."""
     there, needs = manifests.nodes(job), run_needs(run, SIZES["7B"])
     check_labels(run, there)
+    check_sharing(needs.emulator, there[0])
     check_places(all_works(run, needs), needs.emulator, there)
 
 
@@ -216,6 +217,9 @@ def _limits(job: Document, group: int) -> Any:
 
 
 LACKING: dict[str, Callable[[Document], Any]] = {
+    r"shares the emulator from scaleot-run, head": lambda job: job["spec"]["rayClusterSpec"]["headGroupSpec"][
+        "rayStartParams"
+    ].update({"object-store-memory": str(8 << 30)}),
     r"placement\.owner_labels: no node of this cluster has site=owner": lambda job: _forget(
         job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0], "labels"
     ),

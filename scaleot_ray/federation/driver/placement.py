@@ -170,7 +170,7 @@ def check_places(works: Sequence[Work], emulator: int, nodes: Sequence[Node]) ->
                 "Ask for less (owner_cpus, owner_gpus, tenants.N.cpus, tenants.N.gpus, tenants.N.memory_gb), add a "
                 "larger node, or with an autoscaler set placement.autoscaling.",
             )
-        small = [node for node in able if node.object_store < emulator]
+        small = [node for node in able if _has_room(node, work) and node.object_store < emulator]
         if small:
             raise ResourcesMissing(
                 f"{work.role} may be put on {small[0].address}, whose object store has "
@@ -178,6 +178,26 @@ def check_places(works: Sequence[Work], emulator: int, nodes: Sequence[Node]) ->
                 "Start that node with a larger one (`ray start --object-store-memory`), or keep it out by labels "
                 "(tenants.N.node_labels, placement.owner_labels).",
             )
+
+
+def check_sharing(emulator: int, here: Node) -> None:
+    """Whether the node that a run is led from can share the emulator out of its memory.
+
+    Ray would put one that is too large for it into files, and say nothing.
+
+    Args:
+        emulator: its bytes, at most.
+        here: that node.
+
+    Raises:
+        ResourcesMissing: its object store is too small.
+    """
+    if here.object_store < emulator:
+        raise ResourcesMissing(
+            f"the coordinator shares the emulator from {here.address}, the node of this job, whose object store has "
+            f"{here.object_store / _GB:.1f} GB; the emulator takes up to {emulator / _GB:.1f} GB of it.",
+            "Start that node with a larger one (`ray start --object-store-memory`), or set model.dtype to bfloat16.",
+        )
 
 
 def described(work: Work) -> str:

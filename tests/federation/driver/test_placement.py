@@ -13,10 +13,12 @@ import pytest
 
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ConfigError, ResourcesMissing
+from scaleot_ray.federation import environment
 from scaleot_ray.federation.driver import placement
-from scaleot_ray.federation.driver.placement import check_labels, check_places
+from scaleot_ray.federation.driver.placement import check_labels, check_places, check_sharing
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.federation.resources.nodes import Node
+from scaleot_ray.federation.run import run_local
 from tests.cli.command import scaleot
 from tests.tiny_run import write_tiny_run
 
@@ -83,6 +85,30 @@ def test_an_object_store_too_small_for_the_emulator_is_refused() -> None:
     with pytest.raises(ResourcesMissing, match=r"may be put on 10\.0\.0\.2, whose object store has 1\.0 GB"):
         check_places([work()], 2 * GB, nodes)
     check_places([work(site="a")], 2 * GB, [node(labels={"site": "a"}), nodes[1]])
+
+
+def test_a_node_that_a_part_does_not_fit_on_needs_no_object_store() -> None:
+    small = node("10.0.0.2", cpus=0.0, object_store=GB)
+    check_places([work()], 2 * GB, [node("10.0.0.1"), small])
+
+
+def test_the_node_of_the_job_shares_the_emulator() -> None:
+    check_sharing(2 * GB, node())
+    with pytest.raises(ResourcesMissing, match=r"from 10\.0\.0\.1, the node of this job, .* 2\.0 GB; .* up to 3\.0 GB"):
+        check_sharing(3 * GB, node())
+
+
+@pytest.mark.usefixtures("connected_ray")
+@pytest.mark.parametrize("autoscaling", [False, True])
+def test_a_run_on_a_cluster_looks_at_the_node_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoscaling: bool
+) -> None:
+    # Parts have nodes of their own, and this one, that of the job, computes nothing.
+    nodes = [node("10.0.0.1", cpus=0.0, object_store=1), node("10.0.0.2")]
+    monkeypatch.setattr(environment, "living_nodes", lambda: nodes)
+    settings = on_cluster(tmp_path, evaluator=False, placement={"autoscaling": autoscaling})
+    with pytest.raises(ResourcesMissing, match=r"shares the emulator from 10\.0\.0\.1"):
+        run_local(settings)
 
 
 def test_labels_that_no_node_has_are_refused(tmp_path: Path) -> None:
