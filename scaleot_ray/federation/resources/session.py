@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import ray
 import ray._private.state
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
@@ -28,6 +30,7 @@ from scaleot_ray.federation.resources.processes import end_marked, end_users_of
 from scaleot_ray.federation.resources.watchdog import watched
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
+_CONNECT_SECONDS = 10.0
 _SHUTDOWN_SECONDS = 4.0  # it takes 1.5
 _SETTLE_SECONDS = 5.0  # what actors held that ended just now is free within a tenth, on a busy machine later
 # All of a private Ray's processes inherit it. Workers that Ray starts beforehand, one a processor, would never be used,
@@ -114,17 +117,36 @@ def local_ray(cpus: int, gpus: int, object_store_bytes: int, debug: bool = False
 
 @contextmanager
 def _connected(address: str, debug: bool) -> Iterator[None]:
-    try:
-        ray.init(address=address, log_to_driver=debug, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    if "://" in address:  # of Ray Client, whose driver is no process of the cluster, or of the jobs' server
         raise ResourcesMissing(
-            f"RAY_ADDRESS: no Ray answers at {address} ({error}).",
-            "Unset RAY_ADDRESS to start a Ray for this run, or start the cluster.",
+            f"RAY_ADDRESS: a run cannot work at {address}; the process that leads it has to be on a node of the cluster.",
+            "Submit it with `ray job submit`; or set RAY_ADDRESS on a node to HOST:PORT of `ray start` (port 6379), or "
+            "unset it to start a Ray for this run.",
+        )
+    try:
+        _look_for_port(address)
+        ray.init(address=address, log_to_driver=debug, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ResourcesMissing(
+            f"RAY_ADDRESS: no Ray answers at {address} ({first}).",
+            "Unset RAY_ADDRESS to start a Ray for this run, or start the cluster. One that asks for a token answers only "
+            "with RAY_AUTH_MODE=token and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN.",
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _look_for_port(address: str) -> None:
+    """Ray itself tries for a quarter of an hour, and says nothing."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import ray
 
+from scaleot_ray.errors import ResourcesMissing
+from scaleot_ray.federation.resources import session as sessions
 from scaleot_ray.federation.resources.processes import marked
 from scaleot_ray.federation.resources.session import MARK, Session
+from tests.cli.command import scaleot
+from tests.tiny_run import write_tiny_run
 
 PROGRAM = """
 import json, os, sys, tempfile, time
@@ -111,6 +117,45 @@ def test_processes_of_a_private_ray_carry_its_mark(connected_ray: Session) -> No
     (mark,) = marks - {None}
     assert mark is not None
     assert len(marked(MARK, mark)) >= 4
+
+
+def test_an_address_where_nothing_listens_is_said_at_once() -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))  # taken, and deaf
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+        begun = time.monotonic()
+        with (
+            pytest.raises(ResourcesMissing, match=f"no Ray answers at {address} .Connection refused.") as caught,
+            sessions._connected(address, False),
+        ):
+            pytest.fail("there is none")
+    assert time.monotonic() - begun < 5
+    assert "Unset RAY_ADDRESS" in caught.value.remedy
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])
+def test_an_address_that_no_driver_can_work_at_is_refused(address: str) -> None:
+    with pytest.raises(ResourcesMissing, match=address) as caught, sessions._connected(address, False):
+        pytest.fail("nobody is asked")
+    assert "ray job submit" in caught.value.remedy
+
+
+def test_a_token_that_is_missing_is_said(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, evaluator=False)
+    (tmp_path / "run.yaml").write_text(json.dumps(settings.model_dump(mode="json")))
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        error = scaleot(
+            "run",
+            tmp_path / "run.yaml",
+            "--format",
+            "json",
+            RAY_ADDRESS=f"127.0.0.1:{one.getsockname()[1]}",
+            RAY_AUTH_MODE="token",
+            HOME=str(tmp_path),
+        ).error
+    assert (error["code"], error["type"]) == (4, "ResourcesMissing")
+    assert "no authentication token was found" in error["message"]
+    assert "RAY_AUTH_TOKEN" in error["remedy"]
 
 
 def _children() -> list[Any]:
