@@ -6,8 +6,10 @@ dataset and errors; no row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,12 @@ from scaleot_ray.families.tokenizer import load_tokenizer, tokenizer_files
 from scaleot_ray.federation.resources.data_check import TenantCheck, check_public, model_tokenizer, tenant_checks
 from scaleot_ray.federation.resources.failure import actor_failure
 
+AT_ONCE = 8
+"""Looks under way at the same time; each has a process of its own on its node."""
+
 _SECONDS = 300.0
+
+Ask = Callable[[], ray.ObjectRef]
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ def look_at_owner(settings: RunSettings) -> OwnerFacts:
     labels = settings.placement.owner_labels
     # Of the data owners it is told nothing.
     own = settings.model_copy(update={"tenants": ()})
-    facts: OwnerFacts = _answers({MODEL_OWNER: _look_at_owner.options(**_on(labels)).remote(own)})[MODEL_OWNER]
+    asked = partial(_look_at_owner.options(**_on(labels)).remote, own)
+    facts: OwnerFacts = _answers({MODEL_OWNER: asked})[MODEL_OWNER]
     return facts
 
 
@@ -61,12 +69,14 @@ def look_at_tenants(settings: RunSettings, owner: OwnerFacts) -> dict[str, int]:
         ConfigError, DataError: they are not there, or not what the settings say.
         ResourcesMissing: no node with its labels answers.
     """
-    asked, places = {}, settings.placement
+    asked, places = dict[str, Ask](), settings.placement
     for check in tenant_checks(settings):
         name = check.tenant.name
-        asked[data_owner(name)] = _look_at_tenant.options(**_on(check.tenant.node_labels)).remote(check, owner)
+        ask = _look_at_tenant.options(**_on(check.tenant.node_labels)).remote
+        asked[data_owner(name)] = partial(ask, check, owner)
         if settings.evaluator:
-            asked[evaluator(name)] = _look_at_tenant.options(**_on(places.owner_labels)).remote(check, owner)
+            ask = _look_at_tenant.options(**_on(places.owner_labels)).remote
+            asked[evaluator(name)] = partial(ask, check, owner)
     found = _answers(asked)
     return {tenant.name: found[data_owner(tenant.name)] for tenant in settings.tenants}
 
@@ -89,11 +99,13 @@ def _on(labels: Mapping[str, str]) -> dict[str, Any]:
     return {"label_selector": dict(labels)} if labels else {}
 
 
-def _answers(asked: dict[str, ray.ObjectRef]) -> dict[str, Any]:
-    found = {}
-    for role, answer in asked.items():
+def _answers(asked: Mapping[str, Ask]) -> dict[str, Any]:
+    """What each says; so many are asked at a time that their processes, which claim nothing, fill no node's memory."""
+    found, waiting = dict[str, Any](), iter(asked.items())
+    answers = {role: ask() for role, ask in islice(waiting, AT_ONCE)}
+    for role in asked:
         try:
-            found[role] = ray.get(answer, timeout=_SECONDS)
+            found[role] = ray.get(answers.pop(role), timeout=_SECONDS)
         except GetTimeoutError as error:
             raise ResourcesMissing(
                 f"{role}: no node answered within {_SECONDS:g} seconds when asked for its data.",
@@ -102,4 +114,5 @@ def _answers(asked: dict[str, ray.ObjectRef]) -> dict[str, Any]:
             ) from error
         except Exception as error:  # the task's own, or one of Ray's many
             raise actor_failure(error, role, None, Path()) from error
+        answers |= {role: ask() for role, ask in islice(waiting, 1)}
     return found
