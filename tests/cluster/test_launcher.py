@@ -116,6 +116,20 @@ def test_versions_are_those_of_the_image() -> None:
     assert f"scaleot_ray-{__version__}-py3-none-any.whl" in installs
 
 
+def for_root_alone(values: dict[str, Any]) -> bool:
+    """Whether /shared stays as a new file system is when it is mounted: nobody but root may write to it."""
+    commands = values["initialization_commands"]
+    mounts = [place for place, command in enumerate(commands) if " mount " in command]
+    return not any(re.search(r"\bchown ubuntu /shared$", command) for command in commands[mounts[-1] + 1 :])
+
+
+def test_jobs_may_write_to_the_shared_disk() -> None:
+    values = config("aws")
+    assert not for_root_alone(values)
+    values["initialization_commands"].sort(key=lambda command: " mount " in command)
+    assert for_root_alone(values)
+
+
 def test_ssh_is_not_open_to_everyone() -> None:
     for rule in config("aws")["provider"]["security_group"]["IpPermissions"]:
         assert all(not each["CidrIp"].endswith("/0") for each in rule["IpRanges"])
