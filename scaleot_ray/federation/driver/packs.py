@@ -48,28 +48,33 @@ class Packs:
         """The pack that a data owner is in."""
         return next((pack for pack in self._there() if tenant in pack.tenants), None)
 
-    def grouped(self, waiting: Sequence[Tenant]) -> Iterator[Pack]:
+    def grouped(self, waiting: Sequence[Tenant], room: int) -> Iterator[Pack]:
         """Packs of those that wait, in their order; in one are only such as claim the same on the same nodes.
 
         No pack claims more than there is; a data owner that does not fit in with others is one by itself. Those that
         the schedule takes are known from then on.
+
+        Args:
+            waiting: data owners.
+            room: so many more may tune; no pack is larger.
         """
         alike: dict[tuple[object, ...], list[Tenant]] = {}
         for tenant in waiting:
             settings = tenant.settings
             claims = (settings.cpus, settings.gpus, tuple(sorted(settings.node_labels.items())))
             alike.setdefault(claims, []).append(tenant)
-        for members in (members for tenants in alike.values() for members in self._filled(tenants)):
+        largest = min(self._largest, room)
+        for members in (members for tenants in alike.values() for members in self._filled(tenants, largest)):
             pack = Pack(members, _role([tenant.name for tenant in members]))
             self._packs[pack.role] = pack
             yield pack
 
-    def _filled(self, tenants: Sequence[Tenant]) -> Iterator[list[Tenant]]:
+    def _filled(self, tenants: Sequence[Tenant], largest: int) -> Iterator[list[Tenant]]:
         """These in their order, as many together as may be."""
         members: list[Tenant] = []
         for tenant in tenants:
             joined = [*members, tenant]
-            full = len(joined) > self._largest or any(one.alone for one in joined) or not self._fit(joined)
+            full = len(joined) > largest or any(one.alone for one in joined) or not self._fit(joined)
             if members and full:
                 yield members
                 joined = [tenant]

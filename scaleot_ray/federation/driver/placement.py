@@ -65,13 +65,14 @@ class Placement:
     def start(self, possible: Callable[[], Sequence[Work]]) -> None:
         """Asks for a place for everything possible, and begins what has found one.
 
+        What is possible is asked anew after each, since one that waits for its place may rule out others.
+
         Raises:
             ResourcesMissing: nothing works, and a part that the run cannot do without has found no place for too
                 long; names who waits for what, and what the nodes have.
         """
-        for work in possible():
-            if not self.has(work.role):
-                self._seats[work.role] = _Seat(work, _group(work))
+        while (work := next((one for one in possible() if not self.has(one.role)), None)) is not None:
+            self._seats[work.role] = _Seat(work, _group(work))
         for seat in [seat for seat in self._seats.values() if not seat.taken]:
             if placement_group_table(seat.group)["state"] == "CREATED":
                 seat.taken = True

@@ -39,7 +39,7 @@ def names(packs: Iterable[Pack]) -> list[list[str]]:
 
 def begun(packs: Packs, schedule: MachineSchedule, waiting: list[Tenant]) -> Pack:
     """The first pack of those that wait, begun."""
-    pack = next(iter(packs.grouped(waiting)))
+    pack = next(iter(packs.grouped(waiting, 9)))
     schedule.start(lambda: [] if schedule.has(pack.role) else [Work(pack.role, 1, 0, 1, lambda: None)])
     for tenant in pack.tenants:
         tenant.tuning = 1
@@ -49,29 +49,29 @@ def begun(packs: Packs, schedule: MachineSchedule, waiting: list[Tenant]) -> Pac
 def test_only_those_that_claim_the_same_share() -> None:
     tenants = [owner("a"), owner("b", cpus=2), owner("c"), owner("d", node_labels={"site": "d"}), owner("e")]
     packs = Packs(2, MachineSchedule(2, 0, 1 << 30), any_number)
-    assert names(packs.grouped(tenants)) == [["a", "c"], ["e"], ["b"], ["d"]]
-    assert [pack.role for pack in packs.grouped(tenants)][:2] == ["data owners a, c", "data owner e"]
+    assert names(packs.grouped(tenants, 9)) == [["a", "c"], ["e"], ["b"], ["d"]]
+    assert [pack.role for pack in packs.grouped(tenants, 9)][:2] == ["data owners a, c", "data owner e"]
 
 
 def test_no_pack_claims_more_than_there_is() -> None:
     tenants = [owner(name) for name in "abcde"]
     schedule = MachineSchedule(2, 0, 1 << 30)
     packs = Packs(4, schedule, lambda members: len(members) < 3)
-    assert names(packs.grouped(tenants)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert names(packs.grouped(tenants, 9)) == [["a", "b"], ["c", "d"], ["e"]]
     # One that is too large by itself is let begin, as the preflight has let it pass.
-    assert names(Packs(4, schedule, lambda _: False).grouped(tenants[:2])) == [["a"], ["b"]]
+    assert names(Packs(4, schedule, lambda _: False).grouped(tenants[:2], 9)) == [["a"], ["b"]]
 
 
 def test_who_shall_be_alone_is() -> None:
     tenants = [owner(name) for name in "abcd"]
     tenants[1].alone = True
-    assert names(Packs(4, MachineSchedule(2, 0, 1 << 30), any_number).grouped(tenants)) == [["a"], ["b"], ["c", "d"]]
+    assert names(Packs(4, MachineSchedule(2, 0, 1 << 30), any_number).grouped(tenants, 9)) == [["a"], ["b"], ["c", "d"]]
 
 
 def test_a_pack_is_known_once_the_schedule_has_taken_it() -> None:
     schedule = MachineSchedule(2, 0, 1 << 30)
     packs, tenants = Packs(2, schedule, any_number), [owner("a"), owner("b"), owner("c")]
-    list(packs.grouped(tenants))
+    list(packs.grouped(tenants, 9))
     assert packs.of(tenants[0]) is None
     pack = begun(packs, schedule, tenants)
     assert (packs.of(tenants[1]), packs.of(tenants[2])) == (pack, None)
