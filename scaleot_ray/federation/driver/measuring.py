@@ -24,7 +24,8 @@ from scaleot_ray.federation.rounds.registry import PlugIn
 FULL_ROWS = ("full_zero_shot", "full_tuned")
 # The data owner has sent the tuned emulator's value as a number. The evaluator measures it again, block by
 # block: an interval for Δ needs the same blocks in both rows, and no more of a data owner's rows has to be sent.
-ALL_ROWS = (*FULL_ROWS, "emulator_tuned", "plug_in")
+_DELTA_ROWS = ("emulator_tuned", "plug_in")
+ALL_ROWS = (*FULL_ROWS, *_DELTA_ROWS)
 
 
 class Measuring:
@@ -67,7 +68,14 @@ class Measuring:
             for tenant in self._state.tenants:
                 tenant.failed_rows.pop(AGGREGATE, None)
                 if tenant.table is not None:
-                    tenant.table = _without_aggregate(tenant.table)
+                    tenant.table = _without(tenant.table, AGGREGATE)
+
+    def forget_delta(self, tenant: Tenant) -> None:
+        """What a data owner submitted is withdrawn, and with it what was measured of that."""
+        for row in _DELTA_ROWS:
+            tenant.failed_rows.pop(row, None)
+        if tenant.table is not None:
+            tenant.table = _without(tenant.table, *_DELTA_ROWS)
 
     def failure(self) -> ScaleOTError | None:
         """What is wrong where evaluators were declared and not one of them has measured anything; else None."""
@@ -123,7 +131,9 @@ class Measuring:
 
         def took(aggregate: PlugIn | None, table: TenantTable) -> None:
             # Made anew since this was asked for, it is not what was measured.
-            tenant.table = table if aggregate == self.aggregate else _without_aggregate(table)
+            tenant.table = table if aggregate == self.aggregate else _without(table, AGGREGATE)
+            if tenant.entry is None:
+                self.forget_delta(tenant)
             if not self._has_all(tenant):
                 measure()  # the delta came meanwhile: the model is loaded already
                 return
@@ -155,5 +165,5 @@ class Measuring:
         self._state.actors.call_coordinator("note", f"not measured: {problem.problem}", tenant.name)
 
 
-def _without_aggregate(table: TenantTable) -> TenantTable:
-    return replace(table, rows={row: score for row, score in table.rows.items() if row != AGGREGATE})
+def _without(table: TenantTable, *rows: str) -> TenantTable:
+    return replace(table, rows={row: score for row, score in table.rows.items() if row not in rows})

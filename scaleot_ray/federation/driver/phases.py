@@ -138,6 +138,7 @@ class Phases:
                 if tenant.name == request.tenant and verb is not None:
                     if verb == "revoked":
                         tenant.submitted, tenant.entry = 0, None
+                        self._measuring.forget_delta(tenant)
                     why = f": {request.reason}" if request.reason else ""
                     self._rounds.leave_out(tenant, f"{tenant.name} was {verb}{why}")
             if self._measuring.aggregate is not None and changed:

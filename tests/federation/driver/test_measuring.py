@@ -58,7 +58,7 @@ def test_rows_of_an_aggregate_that_was_made_anew_are_measured_anew(tmp_path: Pat
     folder, asked = RunFolder(Path(settings.output)), list[threading.Thread]()
 
     def on_state(told: TenantState) -> None:
-        if (told.tenant, told.state) == ("alice", "measured") and not asked and _has_aggregate(folder):
+        if (told.tenant, told.state) == ("alice", "measured") and not asked and _has(folder, "alice", "aggregate"):
             asked.append(threading.Thread(target=administer, args=(folder, Request("revoke", "bob", "withdrew"))))
             asked[0].start()
             while not list(folder.requests.glob("*.ask.json")):
@@ -71,5 +71,22 @@ def test_rows_of_an_aggregate_that_was_made_anew_are_measured_anew(tmp_path: Pat
     assert alice["aggregate"] == pytest.approx(alice["plug_in"], abs=1e-6)  # of alice's delta alone
 
 
-def _has_aggregate(folder: RunFolder) -> bool:
-    return "aggregate" in json.loads(folder.table("alice").read_text())["rows"]
+def test_nothing_of_a_delta_that_was_revoked_is_reported(tmp_path: Path) -> None:
+    settings = write_tiny_run(tmp_path, tune=FEW)
+    folder, asked = RunFolder(Path(settings.output)), list[threading.Thread]()
+
+    def on_state(told: TenantState) -> None:
+        if (told.tenant, told.state) == ("bob", "measured") and not asked and _has(folder, "bob", "plug_in"):
+            asked.append(threading.Thread(target=administer, args=(folder, Request("revoke", "bob", "withdrew"))))
+            asked[0].start()
+            while not list(folder.requests.glob("*.ask.json")):
+                time.sleep(0.01)
+
+    alice, bob = run_local(settings, on_state=on_state).as_json()["tenants"]
+    asked[0].join()
+    assert None not in (alice["plug_in"], alice["emulator_tuned"], bob["full_zero_shot"])
+    assert (bob["plug_in"], bob["emulator_tuned"], bob["delta_digest"], bob["unmeasured"]) == (None,) * 4
+
+
+def _has(folder: RunFolder, tenant: str, row: str) -> bool:
+    return row in json.loads(folder.table(tenant).read_text())["rows"]
