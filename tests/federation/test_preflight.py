@@ -270,9 +270,8 @@ def test_a_containers_limit_counts_but_not_the_pages_of_files_it_has_read(
     (tmp_path / "memory").mkdir()
     (tmp_path / limit).write_text(f"{64 * MIB}\n")
     (tmp_path / used).write_text(f"{60 * MIB}\n")
-    (tmp_path / statistics).write_text(
-        f"{prefix}anon {9 * MIB}\n{prefix}inactive_file {40 * MIB}\n{prefix}active_file {10 * MIB}\n{prefix}shmem {MIB}\n"
-    )
+    pages = {"anon": 9, "inactive_file": 40, "active_file": 10, "shmem": 1}
+    (tmp_path / statistics).write_text("".join(f"{prefix}{kind} {count * MIB}\n" for kind, count in pages.items()))
     monkeypatch.setattr(machines, "_CONTROL_GROUP", tmp_path)
     assert usable_memory() == 54 * MIB
     (tmp_path / statistics).unlink()

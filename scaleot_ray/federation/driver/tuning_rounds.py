@@ -73,7 +73,7 @@ class TuningRounds:
             for tenant in self._taking_part()
             if tenant not in busy and tenant.left_out is None and tenant.submitted < opened.round.number
         ]
-        # Whoever does not fit leaves its turn to those behind it, so all are offered; the schedule asks anew after each.
+        # Who does not fit leaves its turn to those behind it, so all are offered; the schedule asks anew after each.
         room = len(waiting) if most is None else max(most - len(busy), 0)
         return [self._work(pack) for pack in self._packs.grouped(waiting, room)] if room else []
 

@@ -119,7 +119,7 @@ def local_ray(cpus: int, gpus: int, object_store_bytes: int, debug: bool = False
 def _connected(address: str, debug: bool) -> Iterator[None]:
     if "://" in address:  # of Ray Client, whose driver is no process of the cluster, or of the jobs' server
         raise ResourcesMissing(
-            f"RAY_ADDRESS: a run cannot work at {address}; the process that leads it has to be on a node of the cluster.",
+            f"RAY_ADDRESS: a run cannot work at {address}, since it is led from a node of the cluster.",
             "Submit it with `ray job submit`; or set RAY_ADDRESS on a node to HOST:PORT of `ray start` (port 6379), or "
             "unset it to start a Ray for this run.",
         )
@@ -130,8 +130,8 @@ def _connected(address: str, debug: bool) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ResourcesMissing(
             f"RAY_ADDRESS: no Ray answers at {address} ({first}).",
-            "Unset RAY_ADDRESS to start a Ray for this run, or start the cluster. One that asks for a token answers only "
-            "with RAY_AUTH_MODE=token and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN.",
+            "Unset RAY_ADDRESS to start a Ray for this run, or start the cluster. One that asks for a token answers "
+            "only with RAY_AUTH_MODE=token and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN.",
         ) from error
     try:
         yield

@@ -37,5 +37,5 @@ def test_no_more_are_looked_at_at_once_than_may_be(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("connected_ray")
 def test_one_that_fails_is_named() -> None:
-    with pytest.raises(DataError, match="^data owner bob: There are no rows"):
+    with pytest.raises(DataError, match=r"^data owner bob: There are no rows"):
         node_check._answers({"data owner alice": partial(look.remote, 1), "data owner bob": refuse.remote})
