@@ -52,6 +52,9 @@ def build_command(
     cache: Annotated[
         str | None, typer.Option(help="Folder of stage-1 results; stays with the owner. Default: OUTPUT-cache.")
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the model on disk: memory for one decoder layer at a time.")
+    ] = False,
     column: ColumnOption = [],  # noqa: B006  typer copies it
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -74,6 +77,9 @@ def build_command(
 
       scaleot build --model model.gguf --public notes.txt --output emulator \\
           --alpha 0.5 --beta 0.8 --dtype bfloat16
+
+      scaleot build --model my-7b --public wiki.jsonl --output emulator \\
+          --stream --dtype bfloat16 --set emulator.fit_tokens=8192
     """
     with working(context, "Run the same command again: stage 1 goes on from its last checkpoint.") as out:
         values = {
@@ -84,7 +90,7 @@ def build_command(
             ),
             "output": output,
             "overwrite": overwrite,
-            **given(cache=cache, recipe=recipe),
+            **given(cache=cache, recipe=recipe, stream=stream or None),
         }
         build_emulator(parse(BuildSettings, override(values, overrides), "scaleot build"), out)
 
@@ -120,6 +126,7 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
             cache=Path(settings.cache) if settings.cache else output.with_name(output.name + "-cache"),
             resume=True,
             overwrite=settings.overwrite,
+            stream=settings.stream,
             audit=audit,
             on_progress=bars,
         )

@@ -30,6 +30,12 @@ class BuildSettings(OwnerSettings):
         None, description="folder of stage-1 results and checkpoints; stays with the model owner; default: OUTPUT-cache"
     )
     overwrite: bool = Field(False, description="replace an earlier emulator in output")
+    stream: bool = Field(
+        False,
+        description="leave the model on disk and work on one decoder layer at a time, in float32: memory for one layer "
+        "instead of the model. Harmonizers and scores come in closed form, without steps and generated text; of the "
+        "layers' weights model.dtype must be the type they are stored in",
+    )
 
 
 class TuneCommandSettings(Settings):

@@ -26,7 +26,7 @@ from scaleot_ray.emulator.layer_map import (
     replaced_count,
 )
 from scaleot_ray.emulator.layer_replace import candidate_layers
-from scaleot_ray.emulator.rank_compression import compress
+from scaleot_ray.emulator.rank_compression import compress, factor_shapes
 from scaleot_ray.emulator.sequential_fit import SequentialFit
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import ConfigError
@@ -81,27 +81,8 @@ def build_emulator(
     """
     check_triplet(layer_count(base.model.config), settings)
     roles = choose_layers(layer_count(base.model.config), stage_one, settings)
-    hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))
     tensors = _tensors(base, stage_one, roles, settings, on_progress)
-    full_parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    content = EmulatorContent(
-        plug_in_layers=settings.plug_in_layers,
-        alpha=settings.alpha,
-        beta=settings.beta,
-        layout=settings.layout,
-        layer_map=[role.value for role in roles],
-        builder=settings.builder,
-        harmonizer=_harmonizer_spec(stage_one, roles),
-        full_parameters=full_parameters,
-        verbatim_parameters=verbatim_parameters(base, roles, settings.beta),
-        full_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
-        base_digest=facts.digest,
-        full_loss=facts.score.value if facts.score is not None else None,
-        emulator_loss=None,
-        protected=bool(hidden),
-        compression=_compression(stage_one, roles, settings),
-        stage_one=_stage_one_spec(stage_one),
-    )
+    content = describe_build(base, stage_one, roles, settings, facts)
     score = None
     dtype, device = base.model.dtype, next(base.model.parameters()).device
     if held_out:
@@ -112,16 +93,54 @@ def build_emulator(
         fit = SequentialFit(
             base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge, settings.fit_steps
         )
-        fit.run(_at_least(settings.fit_tokens, public), on_progress)
+        fit.run(at_least(settings.fit_tokens, public), on_progress)
         fitted = evaluate_loss(emulator, held_out, on_progress, "measure fit") if held_out else None
         # Little or monotonous text can make a fit that is worse on all other text.
         if score is None or fitted is None or fitted.value < score.value:
             score = fitted
             tensors |= fit.tensors()
-            steps = settings.fit_steps if settings.beta > 0 else 0
-            content = content.model_copy(update={"fit_tokens": settings.fit_tokens, "fit_steps": steps})
+            content = content.model_copy(update=fit_facts(settings))
     if score is not None:
         content = content.model_copy(update={"emulator_loss": score.value})
+    return as_artifact(base, content, tensors), score
+
+
+def describe_build(
+    base: BaseModel,
+    stage_one: StageOne | None,
+    roles: Sequence[LayerRole],
+    settings: EmulatorSettings,
+    facts: FullModelFacts,
+) -> EmulatorContent:
+    """What an emulator's manifest says about how it is built, before anything is fitted in it or measured of it."""
+    hidden = len(positions(roles, LayerRole.REPLACED)) + len(positions(roles, LayerRole.DROPPED))
+    return EmulatorContent(
+        plug_in_layers=settings.plug_in_layers,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        layout=settings.layout,
+        layer_map=[role.value for role in roles],
+        builder=settings.builder,
+        harmonizer=_harmonizer_spec(stage_one, roles),
+        full_parameters=sum(parameter.numel() for parameter in base.model.parameters()),
+        verbatim_parameters=verbatim_parameters(base, roles, settings.beta),
+        full_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
+        base_digest=facts.digest,
+        full_loss=facts.score.value if facts.score is not None else None,
+        emulator_loss=None,
+        protected=bool(hidden),
+        compression=_compression(stage_one, roles, settings),
+        stage_one=_stage_one_spec(stage_one),
+    )
+
+
+def fit_facts(settings: EmulatorSettings) -> dict[str, int]:
+    """What a manifest says of an emulator that was fitted in order of depth."""
+    return {"fit_tokens": settings.fit_tokens, "fit_steps": settings.fit_steps if settings.beta > 0 else 0}
+
+
+def as_artifact(base: BaseModel, content: EmulatorContent, tensors: dict[str, torch.Tensor]) -> Artifact:
+    """The emulator of ``base`` as what crosses: with its tokenizer, its licence and its card."""
     artifact = Artifact.create(
         "emulator",
         content,
@@ -132,7 +151,7 @@ def build_emulator(
         base_model=model_name(base.name),
         licence=licence_notice(base.licence),
     )
-    return with_card(artifact), score
+    return with_card(artifact)
 
 
 def check_triplet(layers: int, settings: EmulatorSettings) -> None:
@@ -218,7 +237,7 @@ def _stage_one_spec(stage_one: StageOne | None) -> StageOneSpec | None:
     )
 
 
-def _at_least(tokens: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+def at_least(tokens: int, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The first batches that together have so many tokens."""
     for batch in batches:
         if tokens <= 0:
@@ -235,10 +254,10 @@ def _compression(stage_one: StageOne | None, roles: Iterable[LayerRole], setting
 
 def verbatim_parameters(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> int:
     """How many of the full model's numbers an emulator has unchanged."""
-    return sum(tensor.numel() for tensor in _verbatim(base, roles, beta).values())
+    return sum(tensor.numel() for tensor in verbatim_tensors(base, roles, beta).values())
 
 
-def _verbatim(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> dict[str, torch.Tensor]:
+def verbatim_tensors(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> dict[str, torch.Tensor]:
     """The model's own tensors that leave as they are."""
     model, family = base.model, base.family
     prefixes = {family.layer_prefix(index): role for index, role in enumerate(roles)}
@@ -262,7 +281,7 @@ def _tensors(
     on_progress: OnProgress | None,
 ) -> dict[str, torch.Tensor]:
     """Everything that leaves."""
-    tensors = _verbatim(base, roles, settings.beta)
+    tensors = verbatim_tensors(base, roles, settings.beta)
     if settings.beta > 0:
         kept = positions(roles, LayerRole.KEPT)
         moments = stage_one if settings.compression == "activation_aware" else None
@@ -270,6 +289,14 @@ def _tensors(
         for index in kept:
             tensors |= _compressed_attention(base, index, settings.beta, moments)
             meter.advance()
+    return tensors | harmonizer_tensors(base, stage_one, roles)
+
+
+def harmonizer_tensors(
+    base: BaseModel, stage_one: StageOne | None, roles: Sequence[LayerRole]
+) -> dict[str, torch.Tensor]:
+    """The harmonizers of all replaced layers, as stage 1 left them, by their names in the emulator."""
+    tensors = {}
     for index in positions(roles, LayerRole.REPLACED):
         assert stage_one is not None
         for name, value in stage_one.harmonizers[index].items():
@@ -294,13 +321,12 @@ def _compressed_attention(
         weight = dense_weight(module).detach()
         rows = projection.parts(base.model.config) if projection.parts else None
         moment = moments.moment(index, projection.path) if moments is not None else None
-        factors, size = compress(weight, beta, rows, moment)
-        if size <= weight.numel():
+        factors = compress(weight, beta, rows, moment)
+        if factor_shapes(weight.shape, beta, rows) is not None:
             tensors[name + ".down"] = torch.cat([down for _, down in factors])
             for part, (up, _) in enumerate(factors):
                 tensors[f"{name}.up.{part}"] = up
         else:
-            # Factors with more numbers than their product say no more than the product does.
             product = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             for (up, down), part_rows in zip(factors, rows or [torch.arange(len(weight))], strict=True):
                 product[part_rows] = up @ down

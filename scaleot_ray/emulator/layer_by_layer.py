@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.families import Family
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass
@@ -35,19 +37,38 @@ class LayerCalls:
 
 
 @torch.no_grad()
-def layer_calls(model: nn.Module, family: Family, batch: Batch) -> LayerCalls:
+def layer_calls(model: nn.Module, family: Family, batch: Batch, device: torch.device | None = None) -> LayerCalls:
     """What reaches the decoder layers for a batch; costs the embedding and nothing of the layers.
 
     Args:
         batch: ``input_ids`` and ``attention_mask`` (batch, time).
+        device: of the layers; None for the model's own.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    with _recording(model, family) as recorders:
+    with _in_place_of_layers(model, family, lambda: _Recorder(family.returns_tuple)) as recorders:
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)  # type: ignore[operator]
     first = recorders[0].hidden
     assert first is not None
     return LayerCalls(first, mask.bool(), [recorder.arguments for recorder in recorders])
+
+
+@contextmanager
+def layers_gave(model: nn.Module, family: Family, hidden: torch.Tensor) -> Iterator[None]:
+    """Within, the model's layers compute nothing: what comes out of the last one is ``hidden`` (batch, time, d)."""
+    with _in_place_of_layers(model, family, lambda: _Given(hidden, family.returns_tuple)):
+        yield
+
+
+class _Given(nn.Module):
+    """In a layer's place, gives what was computed elsewhere."""
+
+    def __init__(self, hidden: torch.Tensor, returns_tuple: bool) -> None:
+        super().__init__()
+        self.hidden, self.returns_tuple = hidden, returns_tuple
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return (self.hidden, None) if self.returns_tuple else self.hidden
 
 
 class _Recorder(nn.Module):
@@ -65,14 +86,14 @@ class _Recorder(nn.Module):
 
 
 @contextmanager
-def _recording(model: nn.Module, family: Family) -> Iterator[list[_Recorder]]:
+def _in_place_of_layers(model: nn.Module, family: Family, make: Callable[[], _Module]) -> Iterator[list[_Module]]:
     layers = family.layers(model)
     raw = list(layers)
-    recorders = [_Recorder(family.returns_tuple) for _ in raw]
+    others = [make() for _ in raw]
     try:
-        for index, recorder in enumerate(recorders):
-            layers[index] = recorder
-        yield recorders
+        for index, other in enumerate(others):
+            layers[index] = other
+        yield others
     finally:
         for index, layer in enumerate(raw):
             layers[index] = layer

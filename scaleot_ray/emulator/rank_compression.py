@@ -94,12 +94,30 @@ class LowRankLinear(nn.Module):
         return output if self.bias is None else output + self.bias
 
 
+def factor_shapes(
+    shape: tuple[int, ...], beta: float, rows: Sequence[torch.Tensor] | None = None
+) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
+    """Shapes of ``(up, down)`` of each part of an (out, in) projection at rank reduction β.
+
+    None where they would hold more numbers than their product, which is then stored instead: they say no more.
+
+    Args:
+        rows: output rows of each part; None for a plain projection.
+    """
+    width = shape[1]
+    sizes = [shape[0]] if rows is None else [len(part) for part in rows]
+    ranks = [kept_rank((size, width), beta) for size in sizes]
+    if sum(rank * (size + width) for size, rank in zip(sizes, ranks, strict=True)) > shape[0] * width:
+        return None
+    return [((size, rank), (rank, width)) for size, rank in zip(sizes, ranks, strict=True)]
+
+
 def compress(
     weight: torch.Tensor,
     beta: float,
     rows: Sequence[torch.Tensor] | None = None,
     moment: torch.Tensor | None = None,
-) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Factors of a projection at rank reduction β, each part of a fused one on its own.
 
     Args:
@@ -109,10 +127,10 @@ def compress(
         moment: second moment of the input, for :func:`truncate`.
 
     Returns:
-        ``(up, down)`` of each part, and how many numbers the factors hold.
+        ``(up, down)`` of each part.
     """
     parts = [weight] if rows is None else [weight[index.to(weight.device)] for index in rows]
     factors = []
     for part in parts:
         factors.append(truncate(part, kept_rank((part.shape[0], part.shape[1]), beta), moment))
-    return factors, sum(up.numel() + down.numel() for up, down in factors)
+    return factors

@@ -44,8 +44,14 @@ _Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
-class _Streams:
-    """Both residual streams of one batch at some depth, (batch, time, d)."""
+class Streams:
+    """Both residual streams of one batch at some depth, (batch, time, d).
+
+    Attributes:
+        calls: how the model calls its layers for this batch.
+        full: the full model's stream.
+        emulated: the emulator's; the same tensor as ``full`` as long as nothing before has been changed.
+    """
 
     calls: LayerCalls
     full: torch.Tensor
@@ -90,6 +96,7 @@ class SequentialFit:
         fitted = {LayerRole.REPLACED} | ({LayerRole.KEPT} if beta > 0 else set())
         self.positions = [index for index, role in enumerate(roles) if role in fitted]
         self.corrects = family.adds_attention_output(model.config)
+        self.dtype = next(model.parameters()).dtype  # of what is stored; layers may be computed in another one
 
     @torch.no_grad()
     def run(self, batches: Iterable[Batch], on_progress: OnProgress | None = None) -> dict[int, float]:
@@ -107,46 +114,77 @@ class SequentialFit:
         """
         if not self.positions:
             return {}
-        streams = []
-        for batch in _merged(batches):
-            calls = layer_calls(self.model, self.family, batch)
-            streams.append(_Streams(calls, calls.hidden, calls.hidden))
+        streams = self.begin(batches)
         errors: dict[int, float] = {}
         meter = ProgressMeter("fit in order", self.positions[-1] + 1, on_progress)
         for index in range(self.positions[-1] + 1):
-            if index not in self.positions:
-                self._carry(index, streams)
-            else:
-                if isinstance(self.layers[index], Harmonizer):
-                    self._fit_harmonizer(index, streams)
-                else:
-                    self._fit_attention(index, streams)
-                errors[index] = _relative_error(streams)
+            error = self.step(index, streams)
+            if error is not None:
+                errors[index] = error
             meter.advance()
         return errors
 
+    @torch.no_grad()
+    def begin(self, batches: Iterable[Batch], device: torch.device | None = None, merge: bool = True) -> list[Streams]:
+        """Both streams in front of the first layer, for batches as :meth:`run` takes them.
+
+        Args:
+            device: of the layers; None for the model's own.
+            merge: make larger batches of them.
+        """
+        text = _merged(batches) if merge else batches
+        calls = [layer_calls(self.model, self.family, batch, device) for batch in text]
+        return [Streams(call, call.hidden, call.hidden) for call in calls]
+
+    @torch.no_grad()
+    def step(self, index: int, streams: Sequence[Streams], carried: Sequence[Streams] = ()) -> float | None:
+        """Takes all streams through the layer ``index``, after fitting the emulator's if that is to be fitted.
+
+        Args:
+            streams: in front of the layer; what is fitted on.
+            carried: further streams, that are not fitted on.
+
+        Returns:
+            The error behind the layer, as :meth:`run` gives it; None where it is not fitted.
+        """
+        error = None
+        if index not in self.positions:
+            self._carry(index, streams)
+        else:
+            if isinstance(self.layers[index], Harmonizer):
+                self._fit_harmonizer(index, streams)
+            else:
+                self._fit_attention(index, streams)
+            error = _relative_error(streams)
+        self._carry(index, carried, changed=error is not None)
+        return error
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters of all layers that were fitted, by their full name in the emulator."""
+        return {name: value for index in self.positions for name, value in self.layer_tensors(index).items()}
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """The same of one layer, in the model's type."""
+        prefix = self.family.layer_prefix(index)
         return {
-            self.family.layer_prefix(index) + name: parameter.detach()
-            for index in self.positions
+            prefix + name: parameter.detach().to(self.dtype)
             for name, parameter in self.layers[index].named_parameters()
         }
 
-    def _full(self, index: int, stream: _Streams) -> torch.Tensor:
+    def _full(self, index: int, stream: Streams) -> torch.Tensor:
         return stream.calls.run(self.full_layers[index], index, stream.full, self.family)
 
-    def _emulated(self, index: int, stream: _Streams) -> torch.Tensor:
+    def _emulated(self, index: int, stream: Streams) -> torch.Tensor:
         return stream.calls.run(self.layers[index], index, stream.emulated, self.family)
 
-    def _carry(self, index: int, streams: Sequence[_Streams]) -> None:
-        """Through a layer that both have."""
+    def _carry(self, index: int, streams: Sequence[Streams], changed: bool = False) -> None:
+        """Through a layer that both have, unless it is ``changed`` in the emulator."""
         for stream in streams:
-            same = stream.emulated is stream.full  # nothing before has been changed
+            same = stream.emulated is stream.full and not changed  # nor has anything before been
             stream.full = self._full(index, stream)
             stream.emulated = stream.full if same else self._emulated(index, stream)
 
-    def _fit_harmonizer(self, index: int, streams: Sequence[_Streams]) -> None:
+    def _fit_harmonizer(self, index: int, streams: Sequence[Streams]) -> None:
         harmonizer = _with_own_parameters(self.layers[index])
         width = streams[0].full.shape[-1]
         device = streams[0].full.device
@@ -164,11 +202,12 @@ class SequentialFit:
                 before, after = stream.emulated[usual].float(), stream.full[usual].float()
                 inner.update(harmonizer.inner(before), after - before)
             fit_read_out(harmonizer, inner, self.ridge)
-        harmonizer.to(next(self.model.parameters()).dtype)
+        for parameter in harmonizer.parameters():
+            parameter.data = parameter.to(self.dtype).to(streams[0].emulated.dtype)
         for stream in streams:
             stream.emulated = self._emulated(index, stream)
 
-    def _fit_attention(self, index: int, streams: Sequence[_Streams]) -> None:
+    def _fit_attention(self, index: int, streams: Sequence[Streams]) -> None:
         """First the projections that read a layer's input, then, on what attention makes of them, the one behind."""
         *inner, output = self.family.attention
         sums = {projection.path: self._sums(index, projection) for projection in self.family.attention}
@@ -209,7 +248,7 @@ class SequentialFit:
         outputs, inputs = dense_weight(module).shape
         return RegressionSums(inputs, outputs, next(module.parameters()).device)
 
-    def _inputs(self, index: int, projections: Sequence[Projection], stream: _Streams) -> dict[str, _Call]:
+    def _inputs(self, index: int, projections: Sequence[Projection], stream: Streams) -> dict[str, _Call]:
         """What reaches some projections of the emulator's layer."""
         with _watching(self.layers[index], projections, stop=True) as seen:
             self._emulated(index, stream)
@@ -245,15 +284,15 @@ class SequentialFit:
         module = self.layers[index].get_submodule(projection.path)
         for name, value in self._stored(index, projection, factors).items():
             parent, _, attribute = name.rpartition(".")
-            parameter = nn.Parameter(value.detach().contiguous(), requires_grad=False)
-            setattr(module.get_submodule(parent), attribute, parameter)
+            rounded = value.detach().to(self.dtype).to(value.dtype)  # what will be stored
+            setattr(module.get_submodule(parent), attribute, nn.Parameter(rounded.contiguous(), requires_grad=False))
 
     @torch.enable_grad()
     def _descend(
         self,
         index: int,
         factors: dict[str, _Factors],
-        streams: Sequence[_Streams],
+        streams: Sequence[Streams],
         targets: Sequence[tuple[torch.Tensor, torch.Tensor]],
         behind: _Spread,
     ) -> None:
@@ -370,7 +409,7 @@ def _watching(layer: nn.Module, projections: Sequence[Projection], stop: bool = 
             handle.remove()
 
 
-def _rows(values: torch.Tensor, stream: _Streams) -> torch.Tensor:
+def _rows(values: torch.Tensor, stream: Streams) -> torch.Tensor:
     """(batch, time, ·), also where a family flattens (batch, time) before its projections."""
     return values.reshape(*stream.calls.real.shape, -1)
 
@@ -385,7 +424,7 @@ def _with_own_parameters(harmonizer: nn.Module) -> Harmonizer:
     return harmonizer
 
 
-def _relative_error(streams: Sequence[_Streams]) -> float:
+def _relative_error(streams: Sequence[Streams]) -> float:
     """Squared error of the emulator's streams, relative to the variance of the full model's."""
     error = squares = 0.0
     total, tokens = torch.zeros(()), 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from scaleot_ray import __version__
 from scaleot_ray.artifacts.artifact import Artifact
@@ -26,12 +29,14 @@ from scaleot_ray.emulator.stage_one import StageOne, steps_done
 from scaleot_ray.errors import ArtifactRefused, ConfigError
 from scaleot_ray.evaluation.loss import LossScore, evaluate_loss
 from scaleot_ray.families import layer_count
-from scaleot_ray.families.loading import BaseModel, load_base_model
+from scaleot_ray.families.loading import BaseModel, load_base_model, resolve_device
+from scaleot_ray.families.mapped import map_base_model
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
 from scaleot_ray.stages.public_text import PublicText, read_public_text, with_generated
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import score_from_record, score_record
+from scaleot_ray.stages.streamed import check_streamable, streamed_emulator, streamed_result
 
 
 @dataclass
@@ -63,6 +68,7 @@ def build(
     cache: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    stream: bool = False,
     audit: AuditLog | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildResult:
@@ -78,6 +84,8 @@ def build(
             goes on from its checkpoint there. None keeps nothing.
         resume: if ``output`` holds the very emulator that would be built, take it as it is.
         overwrite: replace another artefact in ``output``.
+        stream: leave the model's weights in their files and work on one decoder layer at a time, with harmonizers and
+            scores in closed form; ``model`` is where they lie.
         audit: log of what leaves as a folder: the emulator then passes the gate before it is written, but
             for one that ``allow_unprotected`` let pass, which is written and must not be sent. None where
             something else takes it through the gate (a run's coordinator).
@@ -96,8 +104,10 @@ def build(
         raise ConfigError(f"output: {output} exists already.", "Give another folder, or --overwrite.")
     if overwrite:
         check_replaceable(output, MANIFEST_FILE, overwrite)  # before hours are spent on what could not be written
+    if stream:
+        check_streamable(stage_one, emulator)
     with _timed(seconds, "load"):
-        base = model if isinstance(model, BaseModel) else load_base_model(model)
+        base, device = _base_model(model, stream)
         # Before hours are spent on stage 1. A privacy level chooses α and β after it, but not the plug-in layers.
         check = check_triplet if emulator.privacy is None else replaceable_layers
         check(layer_count(base.model.config), emulator)
@@ -107,6 +117,7 @@ def build(
             tokenizer=base.tokenizer_digest,
             public=data_digest(public, "public"),
             stage_one=stage_one.decisive(),
+            **({"stream": True} if stream else {}),
         )
         folder = cache / key[:16] if cache is not None else None
     record = None
@@ -124,18 +135,25 @@ def build(
         check_held_out(text.held_out, emulator)  # this too before stage 1
     with _timed(seconds, "stage_one"):
         result, reused = None, False
-        if emulator.builder == "scaleot":
+        if stream:
+            result, reused = streamed_result(base, text, stage_one, device, folder, on_progress)
+        elif emulator.builder == "scaleot":
             if stage_one.generated_tokens:
                 text = with_generated(text, base, stage_one, folder, on_progress)
             result, reused = _stage_one(base, text, stage_one, folder, on_progress)
+    parts = None if record is None or not stream else record.with_suffix("")
     with _timed(seconds, "emulator"):
-        facts = FullModelFacts(base.digest, _full_score(base, text, folder, on_progress))
         reached = None
-        if emulator.privacy is None:
+        if stream:
+            assert result is not None
+            artifact = streamed_emulator(base, text, result, emulator, device, parts, on_progress)
+        elif emulator.privacy is None:
+            facts = FullModelFacts(base.digest, _full_score(base, text, folder, on_progress))
             artifact, _ = build_emulator(
                 base, result, emulator, facts, text.held_out, text.batches.batches(), on_progress
             )
         else:
+            facts = FullModelFacts(base.digest, _full_score(base, text, folder, on_progress))
             chosen = build_for_privacy(base, result, emulator, facts, text.held_out, text.batches, on_progress)
             artifact, reached = chosen.artifact, chosen.as_json()
         _leave(artifact, audit)
@@ -143,7 +161,17 @@ def build(
             # First, so that whoever stops us in between finds the emulator to be this command's own.
             write_record(record, {"digest": artifact.digest, "privacy": reached})
         write_artifact(artifact, output, overwrite=overwrite)
+    if parts is not None:
+        shutil.rmtree(parts, ignore_errors=True)
     return BuildResult(output, artifact.manifest, reused, seconds, reached)
+
+
+def _base_model(model: ModelSettings | BaseModel, stream: bool) -> tuple[BaseModel, torch.device]:
+    """The model, and where its layers are computed."""
+    if isinstance(model, BaseModel):
+        return model, next(model.model.parameters()).device
+    base = map_base_model(model) if stream else load_base_model(model)
+    return base, resolve_device(model.device)
 
 
 def _stage_one(

@@ -31,7 +31,7 @@ def test_truncation_is_the_best_approximation_of_its_rank(rows, columns, rank):
 
 
 def _module(weight, bias, beta, rows):
-    factors, _ = compress(weight, beta, rows)
+    factors = compress(weight, beta, rows)
     module = LowRankLinear(
         weight.shape[1], [up.shape[0] for up, _ in factors], [up.shape[1] for up, _ in factors], bias is not None, rows
     )
@@ -55,7 +55,7 @@ def test_factored_equals_dense_in_every_family(name, beta):
         weight = dense_weight(raw).detach()
         bias = getattr(raw, "bias", None)
         rows = projection.parts(model.config) if projection.parts else None
-        factors, _ = compress(weight, beta, rows)
+        factors = compress(weight, beta, rows)
         product = torch.empty_like(weight, memory_format=torch.contiguous_format)
         for (up, down), index in zip(factors, rows or [torch.arange(len(weight))], strict=True):
             product[index] = up @ down
@@ -75,8 +75,8 @@ def test_parts_of_a_fused_projection_are_compressed_apart():
     torch.manual_seed(0)
     query, key = 100 * torch.randn(16, 16), torch.randn(16, 16)
     fused = torch.cat([query, key])
-    apart, _ = compress(fused, 0.5, (torch.arange(16), torch.arange(16, 32)))
-    alone, _ = compress(key, 0.5)
+    apart = compress(fused, 0.5, (torch.arange(16), torch.arange(16, 32)))
+    alone = compress(key, 0.5)
     assert torch.allclose(apart[1][0] @ apart[1][1], alone[0][0] @ alone[0][1], atol=1e-4)
     up, down = truncate(fused, 8)
     assert (fused - up @ down)[16:].norm() > 1.2 * (key - alone[0][0] @ alone[0][1]).norm()
