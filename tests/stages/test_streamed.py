@@ -62,7 +62,9 @@ def test_what_comes_out_can_be_tuned(built: Built, model: ModelSettings, tmp_pat
     assert tuned.delta.manifest.parent_digest == result.manifest.digest()
 
 
-def test_judges_layers_as_a_build_in_memory_that_takes_no_steps(built: Built, model: ModelSettings, tmp_path: Path) -> None:
+def test_judges_layers_as_a_build_in_memory_that_takes_no_steps(
+    built: Built, model: ModelSettings, tmp_path: Path
+) -> None:
     tiny_model("llama").save_pretrained(model.path)
     wide = model.model_copy(update={"dtype": "float32"})
     found = streamed(built, wide, tmp_path / "e")

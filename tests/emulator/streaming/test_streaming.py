@@ -120,9 +120,7 @@ def test_computes_in_float32_whatever_is_stored(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("layer", [1, 4, 7])
-def test_a_stopped_pass_goes_on_and_ends_the_same(
-    layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_pass_goes_on_and_ends_the_same(layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckpointPace, "due", lambda *_: True)
     base = base_of("llama", torch.bfloat16)
     checkpoint, folder = tmp_path / "stage_one.safetensors", tmp_path / "emulator"
