@@ -33,8 +33,8 @@ class BuildSettings(OwnerSettings):
     stream: bool = Field(
         False,
         description="leave the model on disk and work on one decoder layer at a time, in float32: memory for one layer "
-        "instead of the model. Harmonizers and scores come in closed form, without steps and generated text; of the "
-        "layers' weights model.dtype must be the type they are stored in",
+        "instead of the model. Harmonizers and scores come in closed form, without steps and generated text; "
+        "model.dtype must be the type that the weights are stored in",
     )
 
 
