@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import transformers
 
+from benchmarks.random_text import VOCABULARY, random_tokenizer, write_random_text
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.config import RunSettings, TuneSettings, parse
 from scaleot_ray.errors import ConfigError
@@ -28,8 +26,6 @@ from scaleot_ray.stages.build import build
 
 PLUG_IN_LAYERS = 4
 
-_WORDS = [f"w{number}" for number in range(252)]
-_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _HEAD = 64  # values of an attention head
 _OUTPUTS = ("emulator", "model_owner")  # of a run's folder: what the next run finds there and reuses
 
@@ -50,7 +46,7 @@ def random_llama(hidden: int, layers: int) -> Any:
         raise ConfigError(f"--hidden: {hidden} is no width of {heads} heads.", f"Give a multiple of {_HEAD}.")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(_SPECIAL) + len(_WORDS),
+        vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
@@ -87,8 +83,8 @@ class Subject:
         self._folder, self._tune = folder, tune
         self._facts = {"hidden": hidden, "layers": layers, "parameters": model.num_parameters()}
         model.save_pretrained(folder / "model")
-        _tokenizer().save_pretrained(folder / "model")
-        _write_text(folder / "public.jsonl", tune.block_size, seed=0)
+        random_tokenizer().save_pretrained(folder / "model")
+        write_random_text(folder / "public.jsonl", tune.block_size, seed=0)
         settings, place = self._settings(1, folder / "built"), RunFolder(folder / "built")
         self.emulator: Manifest = build(
             settings.model,
@@ -124,7 +120,7 @@ class Subject:
     def _settings(self, tenants: int, output: Path) -> RunSettings:
         names = [f"owner-{number:02}" for number in range(1, tenants + 1)]
         for number, name in enumerate(names, start=1):
-            _write_text(self._folder / f"{name}.jsonl", self._tune.block_size, seed=number)
+            write_random_text(self._folder / f"{name}.jsonl", self._tune.block_size, seed=number)
         rows = {name: {"path": str(self._folder / f"{name}.jsonl")} for name in names}
         stage_one = {"start": "random", "score_start": "zero", "steps": 0, "batch_size": 1, "generated_tokens": 0}
         block = {"block_size": self._tune.block_size, "start_tokens": self._tune.block_size}
@@ -141,19 +137,3 @@ class Subject:
             "output": str(output),
         }
         return parse(RunSettings, values)
-
-
-def _tokenizer() -> Any:
-    vocabulary = {piece: number for number, piece in enumerate([*_SPECIAL, *_WORDS])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def _write_text(path: Path, block_size: int, seed: int) -> None:
-    """JSON Lines of random words, 32 blocks of them."""
-    order = random.Random(seed)
-    rows = ({"text": " ".join(order.choices(_WORDS, k=block_size))} for _ in range(32))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
