@@ -8,18 +8,26 @@ from pathlib import Path
 import torch
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_QUOTA_V1 = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
 
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and the container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota = _QUOTA.read_text().split()
-    except OSError:
-        quota = []  # not Linux, or no control groups: then there is no such limit
-    if len(quota) == 2 and quota[0].isdigit():
+    quota = _quota()
+    if len(quota) == 2 and quota[0].isdigit():  # no limit is "max", or −1 in version 1
         cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return cores
+
+
+def _quota() -> list[str]:
+    """Processor time and period of the control group; nothing where there is none (not Linux, often)."""
+    for files in ((_QUOTA,), _QUOTA_V1):
+        try:
+            return [word for file in files for word in file.read_text().split()]
+        except OSError:
+            continue
+    return []
 
 
 def use_usable_cores() -> None:

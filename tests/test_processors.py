@@ -50,6 +50,19 @@ def test_a_containers_quota_counts(
 
 
 @pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize(("quota", "cores"), [("300000", 3), ("-1", 64)])
+def test_so_does_that_of_control_groups_of_version_1(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "_QUOTA", tmp_path / "cpu.max")
+    files = (tmp_path / "cpu.cfs_quota_us", tmp_path / "cpu.cfs_period_us")
+    for file, value in zip(files, (quota, "100000"), strict=True):
+        file.write_text(value + "\n")
+    monkeypatch.setattr(processors, "_QUOTA_V1", files)
+    assert usable_cores() == cores
+
+
+@pytest.mark.usefixtures("many_cores")
 @pytest.mark.parametrize(("asked", "used"), [(None, 3), ("", 3), ("5", 7)])
 def test_threads_are_as_many_as_the_quota_unless_the_user_says(
     asked: str | None, used: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scaleot_ray.cli.options import DebugOption, Format, FormatOption
-from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.output import working
 from scaleot_ray.cli.status import RunArgument
 from scaleot_ray.cli.tables import cell
 from scaleot_ray.errors import ConfigError
@@ -54,7 +54,8 @@ def tenants_command(
             )
         for action, name in given.items():
             _administer(run, action, name, reason)
-        _show_tenants(out, run)
+        document = _status(run)
+        out.result(document, lambda console: _show(console, document))
 
 
 def revoke_command(
@@ -79,9 +80,12 @@ def revoke_command(
     """
     with working(context, "Run the same command again; it continues where it was.") as out:
         changed = _administer(run, "revoke", name, reason)
+        document = _status(run)
+        aggregated = {one["number"] for one in document["rounds"] if one["aggregated"]}
         for number in changed:
-            out.note(f"The aggregate of round {number} was made anew without {name}.")
-        _show_tenants(out, run)
+            became = f"made anew without {name}" if number in aggregated else f"withdrawn: without {name} there is none"
+            out.note(f"The aggregate of round {number} was {became}.")
+        out.result(document, lambda console: _show(console, document))
 
 
 def _administer(run: str, action: Action, name: str, reason: str) -> list[int]:
@@ -91,12 +95,11 @@ def _administer(run: str, action: Action, name: str, reason: str) -> list[int]:
     return administer(RunFolder(Path(run).expanduser()), Request(action, name, reason))
 
 
-def _show_tenants(out: Output, run: str) -> None:
+def _status(run: str) -> dict[str, Any]:
     from scaleot_ray.federation.folder import RunFolder
     from scaleot_ray.federation.rounds.status import run_status
 
-    document = run_status(RunFolder(Path(run).expanduser()))
-    out.result(document, lambda console: _show(console, document))
+    return run_status(RunFolder(Path(run).expanduser()))
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:

@@ -45,6 +45,8 @@ def test_pausing_cancelling_and_revoking(warm: Warm, folder: Path) -> None:
     assert (revoked.code, "made anew without ben" in revoked.err) == (0, True)
     (row,) = [line for line in revoked.out.splitlines() if "ben" in line]
     assert ("revoked (withdrew consent)" in row, "round 1" in row) == (True, False)
+    last = warm.scaleot("revoke", "run", "ann", cwd=folder)
+    assert "The aggregate of round 1 was withdrawn: without ann there is none." in last.err
 
 
 @pytest.mark.parametrize(

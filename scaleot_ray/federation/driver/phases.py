@@ -141,7 +141,8 @@ class Phases:
                         self._measuring.forget_delta(tenant)
                     why = f": {request.reason}" if request.reason else ""
                     self._rounds.leave_out(tenant, f"{tenant.name} was {verb}{why}")
-            if self._measuring.aggregate is not None and changed:
+            # Also where nothing changed now: a coordinator that died meanwhile has done it before it was asked again.
+            if self._measuring.aggregate is not None and (changed or verb == "revoked"):
                 actors.call_coordinator("in_common", then=remade)
             else:
                 self._administering -= 1

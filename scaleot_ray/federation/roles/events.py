@@ -98,4 +98,4 @@ class Events:
 
 
 def _made_anew(changed: list[int]) -> str:
-    return f"made anew: the aggregates of rounds {', '.join(map(str, changed))}"
+    return f"made anew, or withdrawn where too few are left: the aggregates of rounds {', '.join(map(str, changed))}"

@@ -23,6 +23,7 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
     digest = emulator_of(folder).digest()
     check_own(folder.coordinator, place, digest[:16])
     with Registry(registry_file(place, digest[:16]), write=False) as registry:
+        aggregated = {one.round for one in registry.plug_ins.of(AGGREGATE) if one.state == "active"}
         return {
             "schema": SCHEMA,
             "directory": str(folder.path),
@@ -37,6 +38,7 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
                     "opened": one.opened,
                     "deadline": one.deadline,
                     "ended": one.ended,
+                    "aggregated": one.number in aggregated,
                     "tenants": [
                         {"name": part.tenant, "state": part.state, "reason": part.reason, "attempts": part.attempts}
                         for part in registry.rounds.parts(one.number)

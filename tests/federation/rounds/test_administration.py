@@ -49,6 +49,7 @@ def test_revoking_afterwards_remakes_the_aggregate(ended: RunFolder) -> None:
     after = run_status(ended)
     assert (by_name(after)["ben"]["state"], by_name(after)["ben"]["plug_in"]) == ("revoked", None)
     assert after["aggregate"]["digest"] != before["aggregate"]["digest"]
+    assert [one["aggregated"] for one in after["rounds"]] == [True]
     assert not Path(by_name(before)["ben"]["plug_in"]["directory"]).exists()
     with pytest.raises(ConfigError, match="There is no data owner 'zoe'"):
         administer(ended, Request("pause", "zoe", ""))
