@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from scaleot_ray.errors import RunFailed
+
 # Up to which width a matrix is decomposed whole; directions to spare and rounds of the iteration for larger ones.
 _WHOLE, _SPARE, _ROUNDS = 1024, 32, 4
 
@@ -61,7 +63,11 @@ def ridge_regression(xx: torch.Tensor, xy: torch.Tensor, ridge: float) -> torch.
     Args:
         xx, xy: second moments or covariances.
         ridge: λ relative to the mean of xx's diagonal.
+
+    Raises:
+        RunFailed: they are not finite.
     """
+    _check_finite(xx, xy)
     return torch.cholesky_solve(xy, _root(xx, ridge))
 
 
@@ -81,7 +87,11 @@ def reduced_rank_regression(
 
     Returns:
         up (out, rank) with orthonormal columns, and down (rank, in): y ≈ up (down x).
+
+    Raises:
+        RunFailed: the moments are not finite.
     """
+    _check_finite(xx, xy)
     root = _root(xx, ridge)
     fitted = torch.linalg.solve_triangular(root, xy, upper=False)
     up = leading_directions(fitted, rank)
@@ -106,6 +116,14 @@ def leading_directions(matrix: torch.Tensor, rank: int) -> torch.Tensor:
         basis = torch.linalg.qr(narrow.T @ (narrow @ basis))[0]
     within = torch.linalg.eigh((image := (narrow @ basis).to(matrix)).T @ image)[1][:, -rank:].flip(1)
     return basis.to(matrix) @ within
+
+
+def _check_finite(xx: torch.Tensor, xy: torch.Tensor) -> None:
+    if not (xx.isfinite().all() and xy.isfinite().all()):
+        raise RunFailed(
+            "The activations that a layer is fitted on are not finite.",
+            "Check the model's weights (model.path), or load it in float32 or bfloat16 (model.dtype).",
+        )
 
 
 def _root(xx: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from scaleot_ray.emulator.reduced_rank import (
     reduced_rank_regression,
     ridge_regression,
 )
+from scaleot_ray.errors import RunFailed
 
 
 def _sums(tokens: int = 400, inputs: int = 12, outputs: int = 8) -> tuple[RegressionSums, torch.Tensor, torch.Tensor]:
@@ -98,3 +99,14 @@ def test_iterated_directions_leave_out_hardly_more_than_the_best(
     assert _left_out(matrix, found) < 1.01 * _left_out(matrix, best)
     monkeypatch.setattr(reduced_rank, "_ROUNDS", 0)
     assert _left_out(matrix, leading_directions(matrix, rank)) > 1.01 * _left_out(matrix, best)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_not_finite_is_refused(value: float, which: int) -> None:
+    moments = _sums()[0].moments()
+    moments[which][2, 3] = value
+    with pytest.raises(RunFailed, match="not finite"):
+        ridge_regression(*moments, 1e-3)
+    with pytest.raises(RunFailed, match="not finite"):
+        reduced_rank_regression(*moments, 2, 1e-3)

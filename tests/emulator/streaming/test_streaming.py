@@ -160,9 +160,10 @@ def test_damaged_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         second_pass(base, stage_one, tmp_path)
 
 
-def test_a_model_whose_output_is_not_finite() -> None:
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e38])
+def test_a_model_whose_output_is_not_finite(weight: float) -> None:
     base = base_of("llama")
-    base.family.layers(base.model)[5].mlp.down_proj.weight.fill_(float("nan"))
+    base.family.layers(base.model)[5].mlp.down_proj.weight.fill_(weight)
     with pytest.raises(RunFailed, match="not finite"):
         first_pass(base)
 
