@@ -21,7 +21,7 @@ class LayerCalls:
     """How a model calls its decoder layers for one batch.
 
     Attributes:
-        hidden: input of the first layer (batch, time, d).
+        hidden: input of the first layer (batch, time, d), until :meth:`begin` is called.
         real: which positions are no padding (batch, time).
         arguments: for each layer what it is given besides its hidden states: masks, positions, caches.
     """
@@ -29,6 +29,11 @@ class LayerCalls:
     hidden: torch.Tensor
     real: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def begin(self) -> torch.Tensor:
+        """The input of the first layer, which is not kept here any more: it is as large as a residual stream."""
+        hidden, self.hidden = self.hidden, self.hidden.new_empty(0)
+        return hidden
 
     def run(self, layer: nn.Module, index: int, hidden: torch.Tensor, family: Family) -> torch.Tensor:
         """Output (batch, time, d) of ``layer`` on other hidden states, as the layer ``index`` would be called."""

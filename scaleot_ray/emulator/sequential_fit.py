@@ -134,7 +134,7 @@ class SequentialFit:
         """
         text = _merged(batches) if merge else batches
         calls = [layer_calls(self.model, self.family, batch, device) for batch in text]
-        return [Streams(call, call.hidden, call.hidden) for call in calls]
+        return [Streams(call, hidden, hidden) for call in calls for hidden in (call.begin(),)]
 
     @torch.no_grad()
     def step(self, index: int, streams: Sequence[Streams], carried: Sequence[Streams] = ()) -> float | None:

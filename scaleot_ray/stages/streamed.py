@@ -65,15 +65,28 @@ def streamed_result(
     on_progress: OnProgress | None,
 ) -> tuple[StageOne, bool]:
     """A stage-1 result without gradient steps, and whether ``folder`` had it already."""
-    path = None if folder is None else folder / "stage_one.safetensors"
-    if path is not None and path.exists():
-        return StageOne.load(path, with_moments=False)[0], True
-    batches = list(at_least(settings.start_tokens, text.batches.batches()))
-    checkpoint = None if folder is None else folder / "stage_one.position.safetensors"
-    result = streamed_stage_one(base, batches, text.held_out[0], settings, device, checkpoint, on_progress)
-    if path is not None:
+    if folder is None:
+        return _pass(base, text, settings, device, None, on_progress), False
+    path, checkpoint = folder / "stage_one.safetensors", folder / "stage_one.position.safetensors"
+    if known := path.exists():
+        result, _ = StageOne.load(path, with_moments=False)
+    else:
+        result = _pass(base, text, settings, device, checkpoint, on_progress)
         result.save(path, with_moments=False)
-    return result, False
+    checkpoint.unlink(missing_ok=True)
+    return result, known
+
+
+def _pass(
+    base: BaseModel,
+    text: PublicText,
+    settings: StageOneSettings,
+    device: torch.device,
+    checkpoint: Path | None,
+    on_progress: OnProgress | None,
+) -> StageOne:
+    batches = list(at_least(settings.start_tokens, text.batches.batches()))
+    return streamed_stage_one(base, batches, text.held_out[0], settings, device, checkpoint, on_progress)
 
 
 def streamed_emulator(

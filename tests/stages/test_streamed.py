@@ -12,7 +12,7 @@ from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.checkpoints import CheckpointPace
 from scaleot_ray.config import EmulatorSettings, ModelSettings, StageOneSettings
 from scaleot_ray.emulator.assemble import emulator_content
-from scaleot_ray.errors import ConfigError
+from scaleot_ray.errors import ConfigError, ScaleOTError
 from scaleot_ray.progress import Progress
 from scaleot_ray.stages.build import BuildResult, build
 from scaleot_ray.stages.streamed import check_streamable
@@ -109,6 +109,35 @@ def test_a_stopped_build_goes_on(
     assert min(report.step for report in heard if report.stage == stage) == 6
     assert found.manifest.digest() == streamed(built, model, tmp_path / "f").manifest.digest()
     assert not [path for path in (tmp_path / "c").rglob("*") if "position" in path.name or "layer-" in path.name]
+
+
+@pytest.mark.parametrize("place", ["stage one", "emulator"])
+def test_what_cannot_be_written_does_not_cost_what_was_done(
+    place: str, built: Built, model: ModelSettings, tmp_path: Path
+) -> None:
+    cache = tmp_path / "c"
+    streamed(built, model, tmp_path / "e", cache=cache)
+    (folder,) = cache.iterdir()
+    blocked = folder / "stage_one.safetensors" if place == "stage one" else tmp_path / "f"
+
+    def block(report: Progress) -> None:
+        if report.step == 1 and not blocked.exists():
+            blocked.mkdir()
+            (blocked / "in the way").touch()
+
+    if place == "stage one":
+        blocked.unlink()
+    changed = EMULATOR.model_copy(update={"alpha": 0.25})
+    with pytest.raises(ScaleOTError):
+        streamed(built, model, tmp_path / "f", emulator=changed, cache=cache, on_progress=block)
+    (blocked / "in the way").unlink()
+    blocked.rmdir()
+    heard: list[str] = []
+    streamed(
+        built, model, tmp_path / "f", emulator=changed, cache=cache, on_progress=lambda report: heard.append(report.stage)
+    )
+    assert ("layer damage" if place == "stage one" else "fit in order") not in heard
+    assert not [path for path in cache.rglob("*") if "position" in path.name or "layer-" in path.name]
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [

@@ -9,7 +9,7 @@ model's own files. Both models' losses on held-out text come out of the same pas
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +83,13 @@ def build_streamed(
         base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge, settings.fit_steps
     )
     with front_at_work(base.model, base.family, device):
-        streams = fit.begin(at_least(settings.fit_tokens, public), device)
-        carried = fit.begin(held_out, device, merge=False)
-    fitting = _Fitting(fit, streams, carried, device, SavedLayers(folder))
+        fitting = _Fitting(
+            fit,
+            fit.begin(at_least(settings.fit_tokens, public), device),
+            fit.begin(held_out, device, merge=False),
+            device,
+            SavedLayers(folder),
+        )
     fitting.run(Position(None if folder is None else folder / "position.safetensors"), on_progress)
     full, emulated = fitting.losses(base, held_out, on_progress)
     update = {"full_loss": full.value, "emulator_loss": emulated.value, **fit_facts(settings)}
@@ -99,10 +103,6 @@ class _Fitting:
     carried: list[Streams]
     device: torch.device
     saved: SavedLayers
-    _all: list[Streams] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._all = [*self.streams, *self.carried]
 
     def run(self, position: Position, on_progress: OnProgress | None) -> None:
         first, layers = self._restore(position), len(self.fit.layers)
@@ -110,19 +110,28 @@ class _Fitting:
         for index in range(first, layers):
             self._step(index)
             meter.advance()
-            position.passed(index + 1, self._state, {})
-        position.remove()
+            # Behind the last layer in any case: an emulator that cannot be written must not cost the fit.
+            position.passed(index + 1, self._state, {}, due=index + 1 == layers)
 
     def _step(self, index: int) -> None:
         full, emulated, fitted = self.fit.full_layers[index], self.fit.layers[index], index in self.fit.positions
-        # Behind the last layer that is fitted nobody asks for the text that was fitted on.
-        streams = self.streams if index <= max(self.fit.positions, default=-1) else []
         with at_work([*full.modules(), *emulated.modules()], self.device):
-            self.fit.step(index, streams, self.carried)
+            self.fit.step(index, self.streams, self.carried)
             own = self.fit.layer_tensors(index) if fitted else {}
         if fitted:
             kept = self.saved.keep(index, {name: value.cpu() for name, value in own.items()})
             self._put_back(index, kept)
+        self._let_go(index + 1)
+
+    def _let_go(self, index: int) -> None:
+        """Behind the last layer that is fitted nobody asks for the text that was fitted on."""
+        if index > max(self.fit.positions, default=-1):
+            self.streams = []
+
+    def _named(self) -> dict[str, Streams]:
+        """All streams that are still of use."""
+        streams = {"fit": self.streams, "held_out": self.carried}
+        return {f"{kind}.{number}": one for kind, several in streams.items() for number, one in enumerate(several)}
 
     def _put_back(self, index: int, kept: dict[str, torch.Tensor]) -> None:
         """Gives a finished layer parameters that take no memory."""
@@ -154,25 +163,26 @@ class _Fitting:
 
     def _state(self) -> dict[str, torch.Tensor]:
         state = {}
-        for number, stream in enumerate(self._all):
-            state[f"{number}.full"] = stream.full
+        for name, stream in self._named().items():
+            state[f"{name}.full"] = stream.full
             if stream.emulated is not stream.full:
-                state[f"{number}.emulated"] = stream.emulated
+                state[f"{name}.emulated"] = stream.emulated
         return state
 
     def _restore(self, position: Position) -> int:
         found = position.restore()
         if found is None:
+            self._let_go(0)
             return 0
         index, tensors, _ = found
         for fitted in self.fit.positions:
             if fitted < index:
                 self._put_back(fitted, self.saved.restore(fitted))
-        for number, stream in enumerate(self._all):
-            stream.full = tensors[f"{number}.full"].to(self.device)
-            stream.emulated = (
-                tensors[f"{number}.emulated"].to(self.device) if f"{number}.emulated" in tensors else (stream.full)
-            )
+        self._let_go(index)
+        for name, stream in self._named().items():
+            stream.full = tensors[f"{name}.full"].to(self.device)
+            other = tensors.get(f"{name}.emulated")
+            stream.emulated = stream.full if other is None else other.to(self.device)
         return index
 
 

@@ -66,8 +66,3 @@ class Position:
             raise RunFailed(
                 f"{self.path}: is no readable state of a pass ({error}).", "Delete it; the pass starts afresh."
             ) from error
-
-    def remove(self) -> None:
-        """The pass is at its end."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from scaleot_ray.emulator.closed_form import ResidualStatistics, fit_harmonizer
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer
 from scaleot_ray.emulator.importance import LayerScores
-from scaleot_ray.emulator.layer_by_layer import LayerCalls, layer_calls, layers_gave
+from scaleot_ray.emulator.layer_by_layer import layer_calls, layers_gave
 from scaleot_ray.emulator.layer_replace import candidate_layers
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.emulator.streaming.at_work import at_work, front_at_work, head_at_work
@@ -47,7 +47,8 @@ def streamed_stage_one(
         held_out: other public text, on which the damage is measured.
         settings: rank, activation, ridge; ``steps`` and ``generated_tokens`` do not count.
         device: where layers are computed, in float32.
-        checkpoint: file of the state between two layers; renewed at most every minute, removed at the end.
+        checkpoint: file of the state between two layers; renewed at most every minute, and behind the last layer. To be
+            removed when the result is kept.
         on_progress: hears of ``layer damage``, layer by layer.
 
     Returns:
@@ -77,9 +78,9 @@ class _Pass:
             self.calls = [layer_calls(base.model, base.family, batch, device) for batch in batches]
             self.held_out = layer_calls(base.model, base.family, held_out, device)
         self.batch = held_out
-        self.streams = [call.hidden for call in self.calls]
+        self.streams = [call.begin() for call in self.calls]
         # The held-out batch as the model has it, and with one layer replaced each.
-        self.variants: dict[str, torch.Tensor] = {"model": self.held_out.hidden}
+        self.variants: dict[str, torch.Tensor] = {"model": self.held_out.begin()}
         self.harmonizers: dict[int, dict[str, torch.Tensor]] = {}
         self.fit: dict[int, float] = {}
 
@@ -90,34 +91,34 @@ class _Pass:
         for index in range(first, len(self.layers)):
             self._step(index)
             meter.advance(tokens=sum(call.real.numel() for call in self.calls))
-            position.passed(index + 1, self._state, {"fit": self.fit})
+            position.passed(index + 1, self._state, {"fit": self.fit}, due=index + 1 == len(self.layers))
         scores = LayerScores(self.positions, self.settings.group_size)
         scores.start_from(self._damage())
-        position.remove()
         settings = self.settings.model_copy(update={"steps": 0, "generated_tokens": 0})
         return StageOne(settings, scores.by_position(), self.harmonizers, self.fit)
 
     def _step(self, index: int) -> None:
-        layer, family = self.layers[index], self.base.family
-
-        def behind(calls: LayerCalls, hidden: torch.Tensor) -> torch.Tensor:
-            return calls.run(layer, index, hidden, family)
-
-        before = self.streams
-        with at_work(layer.modules(), self.device):
-            self.streams = [behind(call, hidden) for call, hidden in zip(self.calls, before, strict=True)]
-            after = {name: behind(self.held_out, hidden) for name, hidden in self.variants.items()}
+        """Takes all streams through a layer, one after the other: of none there are two at once."""
+        layer, family, statistics = self.layers[index], self.base.family, None
         if index in self.positions:
-            harmonizer = self._harmonizer(index, before)
-            after[f"{index}"] = family.layer_output(harmonizer(self.variants["model"]))
+            statistics = ResidualStatistics(hidden_size(self.base.model.config), self.device)
+        before = self.variants["model"]
+        with at_work(layer.modules(), self.device):
+            for number, (call, x) in enumerate(zip(self.calls, self.streams, strict=False)):
+                self.streams[number] = y = call.run(layer, index, x, family)
+                if statistics is not None:
+                    statistics.update(x[call.real], y[call.real])
+            for name, hidden in self.variants.items():
+                self.variants[name] = self.held_out.run(layer, index, hidden, family)
+        if statistics is not None:
+            harmonizer = self._harmonizer(index, statistics)
+            self.variants[f"{index}"] = family.layer_output(harmonizer(before))
             self.harmonizers[index] = {name: value.cpu() for name, value in harmonizer.state_dict().items()}
-        self.variants = after
+        if index >= self.positions[-1]:
+            self.streams = []  # nothing is fitted behind
 
-    def _harmonizer(self, index: int, before: Sequence[torch.Tensor]) -> Harmonizer:
+    def _harmonizer(self, index: int, statistics: ResidualStatistics) -> Harmonizer:
         settings, width = self.settings, hidden_size(self.base.model.config)
-        statistics = ResidualStatistics(width, self.device)
-        for call, x, y in zip(self.calls, before, self.streams, strict=True):
-            statistics.update(x[call.real], y[call.real])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed + index)
             harmonizer = Harmonizer(
@@ -157,7 +158,8 @@ class _Pass:
         if found is None:
             return 0
         index, tensors, record = found
-        self.streams = [tensors.pop(f"stream.{number}").to(self.device) for number in range(len(self.calls))]
+        names = [name for number in range(len(self.calls)) if (name := f"stream.{number}") in tensors]
+        self.streams = [tensors.pop(name).to(self.device) for name in names]
         self.variants, self.fit = {}, {int(layer): value for layer, value in record["fit"].items()}
         for name, value in tensors.items():
             head, _, rest = name.partition(".")

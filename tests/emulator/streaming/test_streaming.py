@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from scaleot_ray.config import EmulatorSettings, StageOneSettings
 from scaleot_ray.data.batches import Batch
 from scaleot_ray.emulator.assemble import assemble
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator
+from scaleot_ray.emulator.layer_map import LayerRole
 from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.emulator.sequential_fit import SequentialFit
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.emulator.streaming.at_work import at_work, front_at_work
 from scaleot_ray.emulator.streaming.build import build_streamed
@@ -132,7 +135,6 @@ def test_a_stopped_pass_goes_on_and_ends_the_same(layer: int, tmp_path: Path, mo
     )
     # The report comes before the state is written: the layer behind the last written one is done again.
     assert heard == list(range(layer, 9))
-    assert not checkpoint.exists()
     expected = first_pass(base)
     assert stage_one.scores == expected.scores
     assert all(
@@ -145,6 +147,35 @@ def test_a_stopped_pass_goes_on_and_ends_the_same(layer: int, tmp_path: Path, mo
     assert second_pass(base, stage_one, folder).digest == second_pass(base, expected).digest
 
 
+def test_nothing_is_done_again_behind_the_last_layer(tmp_path: Path) -> None:
+    base = base_of("llama")
+    checkpoint, folder = tmp_path / "stage_one.safetensors", tmp_path / "emulator"
+    first, again = first_pass(base, checkpoint), first_pass(base, checkpoint, stop_behind=1)
+    assert again.scores == first.scores
+    with pytest.raises(Stopped):  # while losses are measured
+        build_streamed(base, first, EMULATOR, TEXT.batches(), HELD_OUT, CPU, folder, _stopping_in("measure fit"))
+    found, _ = build_streamed(base, first, EMULATOR, TEXT.batches(), HELD_OUT, CPU, folder, _stopping_in("fit in order"))
+    assert found.digest == second_pass(base, first).digest
+
+
+def _stopping_in(stage: str):  # type: ignore[no-untyped-def]
+    def hear(progress: Progress) -> None:
+        if progress.stage == stage and progress.step:
+            raise Stopped
+
+    return hear
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_streams_are_held_once(name: str) -> None:
+    base = base_of(name)
+    fit = SequentialFit(base.model, base.model, base.family, [LayerRole.KEPT] * 8, 0.0, 1e-3)
+    streams = fit.begin(text(2))
+    before = [weakref.ref(stream.full) for stream in streams]
+    fit.step(0, streams)
+    assert all(stream() is None for stream in before)
+
+
 def test_damaged_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckpointPace, "due", lambda *_: True)
     base = base_of("llama")
@@ -152,12 +183,18 @@ def test_damaged_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(Stopped):
         second_pass(base, stage_one, tmp_path, stop_behind=6)
     layer = sorted(tmp_path.glob("layer-*"))[0]
-    layer.write_bytes(b"no tensors")
-    with pytest.raises(RunFailed, match=layer.name):
-        second_pass(base, stage_one, tmp_path)
+    for damaged in (_with_one_bit_flipped(layer.read_bytes()), b"no tensors"):
+        layer.unlink()  # mapped pages are not changed
+        layer.write_bytes(damaged)
+        with pytest.raises(RunFailed, match=layer.name):
+            second_pass(base, stage_one, tmp_path)
     (tmp_path / "position.safetensors").write_bytes(b"nor here")
     with pytest.raises(RunFailed, match=r"position\.safetensors"):
         second_pass(base, stage_one, tmp_path)
+
+
+def _with_one_bit_flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e38])
@@ -191,3 +228,25 @@ def test_embeddings_are_not_copied() -> None:
         assert embedding.weight.dtype == torch.bfloat16
         assert embedding(torch.tensor([[3]])).dtype == torch.float32
     assert embedding(torch.tensor([[3]])).dtype == torch.bfloat16
+
+
+class _Elsewhere(torch.Tensor):
+    """In place of a tensor on a GPU: no embedding on the CPU takes it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if function is nn.functional.embedding:
+            raise RuntimeError("on two devices")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_what_an_embedding_is_given_by_name_is_brought_to_it_too() -> None:
+    base = base_of("opt")
+    embedding = base.model.base_model.decoder.embed_positions
+    mask = torch.ones(1, 4, dtype=torch.long).as_subclass(_Elsewhere)
+    with pytest.raises(RuntimeError, match="two devices"):
+        embedding(mask, 0, position_ids=mask)
+    with front_at_work(base.model, base.family, CPU):
+        assert embedding(mask, 0, position_ids=mask).shape == (1, 4, 32)
