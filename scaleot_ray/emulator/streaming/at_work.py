@@ -56,15 +56,18 @@ def front_at_work(model: Any, family: Family, device: torch.device) -> Iterator[
     def widened(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         return output.to(device, torch.float32)
 
-    def brought(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(value.cpu() if isinstance(value, torch.Tensor) else value for value in inputs)
+    def near(value: Any) -> Any:
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    def brought(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(near(value) for value in inputs), {name: near(value) for name, value in named.items()}
 
     others = outside_layers(model.base_model, family.layers(model))
     embeddings = [module for module in others if isinstance(module, nn.Embedding)]
     with ExitStack() as stack:
         for embedding in embeddings:
             for handle in (
-                embedding.register_forward_pre_hook(brought),
+                embedding.register_forward_pre_hook(brought, with_kwargs=True),
                 embedding.register_forward_hook(widened),
             ):
                 stack.callback(handle.remove)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from scaleot_ray.checkpoints import write_state
+from scaleot_ray.checkpoints import read_state, write_state
 from scaleot_ray.errors import NO_ROOM, ResourcesMissing, RunFailed
 
 
@@ -55,9 +55,8 @@ class SavedLayers:
         """
         path = self._path(index)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError) as error:
+            tensors, _ = read_state(path, "layer")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise RunFailed(
                 f"{path}: holds no readable layer ({error}).", f"Delete {path.parent}; the fit starts afresh."
             ) from error
