@@ -81,7 +81,7 @@ def build_command(
       scaleot build --model my-7b --public wiki.jsonl --output emulator \\
           --stream --dtype bfloat16 --set emulator.fit_tokens=8192
     """
-    with working(context, "Run the same command again: stage 1 goes on from its last checkpoint.") as out:
+    with working(context, "Run the same command again: it goes on from its last checkpoint.") as out:
         values = {
             "model": given(path=model, device=device, dtype=dtype),
             "public": data_section(public, None, column, None, []),

@@ -93,7 +93,7 @@ def build(
             ``measure full model``, ``compress``, ``measure emulator``, ``fit in order`` and ``measure fit``.
 
     Raises:
-        ConfigError: settings are out of range or hide nothing, or ``output`` exists.
+        ConfigError: settings are out of range or hide nothing, or ``output`` exists or holds ``cache``.
         DataError: the public text cannot be read or is too short.
         RunFailed: a loss is not finite.
         ResourcesMissing: memory or disk do not suffice.
@@ -102,6 +102,11 @@ def build(
     seconds: dict[str, float] = {}
     if output.exists() and not (resume or overwrite):
         raise ConfigError(f"output: {output} exists already.", "Give another folder, or --overwrite.")
+    if cache is not None and output.resolve() in (cache.resolve(), *cache.resolve().parents):
+        raise ConfigError(
+            f"cache: {cache} is output or lies in it, which is written whole and holds nothing but the emulator.",
+            "Give a folder beside output.",
+        )
     if overwrite:
         check_replaceable(output, MANIFEST_FILE, overwrite)  # before hours are spent on what could not be written
     if stream:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from scaleot_ray.artifacts.artifact import Artifact
-from scaleot_ray.config import EmulatorSettings, StageOneSettings
+from scaleot_ray.config import PAPER, EmulatorSettings, StageOneSettings
 from scaleot_ray.emulator.build import at_least
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.emulator.streaming.build import build_streamed
@@ -52,8 +52,13 @@ def check_streamable(stage_one: StageOneSettings, emulator: EmulatorSettings) ->
 def _refused(key: str, value: object, only: str) -> ConfigError:
     return ConfigError(
         f"{key}: {value} needs the whole model in memory; a streamed build knows {only} only.",
-        f"Leave {key} out, or build without --stream.",
+        f"Leave out {key}{_from_recipe(key, value)}, or build without --stream.",
     )
+
+
+def _from_recipe(key: str, value: object) -> str:
+    section, _, name = key.partition(".")
+    return " (and recipe: paper, which sets it)" if PAPER[section].get(name) == value else ""
 
 
 def streamed_result(

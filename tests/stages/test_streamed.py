@@ -10,7 +10,7 @@ import torch
 
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.checkpoints import CheckpointPace
-from scaleot_ray.config import EmulatorSettings, ModelSettings, StageOneSettings
+from scaleot_ray.config import EmulatorSettings, ModelSettings, OwnerSettings, StageOneSettings
 from scaleot_ray.emulator.assemble import emulator_content
 from scaleot_ray.errors import ConfigError, ScaleOTError
 from scaleot_ray.progress import Progress
@@ -134,7 +134,12 @@ def test_what_cannot_be_written_does_not_cost_what_was_done(
     blocked.rmdir()
     heard: list[str] = []
     streamed(
-        built, model, tmp_path / "f", emulator=changed, cache=cache, on_progress=lambda report: heard.append(report.stage)
+        built,
+        model,
+        tmp_path / "f",
+        emulator=changed,
+        cache=cache,
+        on_progress=lambda report: heard.append(report.stage),
     )
     assert ("layer damage" if place == "stage one" else "fit in order") not in heard
     assert not [path for path in cache.rglob("*") if "position" in path.name or "layer-" in path.name]
@@ -160,3 +165,24 @@ def test_settings_that_need_the_whole_model(stage_one: dict[str, Any], emulator:
         check_streamable(StageOneSettings(**stage_one), EmulatorSettings(**emulator))
     assert caught.value.problem.startswith(f"{key}: ")
     assert caught.value.remedy
+
+
+def test_what_the_recipe_sets_is_said_to_come_from_it(built: Built) -> None:
+    values = {"model": built.settings.model, "public": built.settings.public, "recipe": "paper"}
+    settings = OwnerSettings.model_validate(values)
+    with pytest.raises(ConfigError) as caught:
+        check_streamable(settings.stage_one, settings.emulator)
+    assert "recipe" in caught.value.remedy
+    with pytest.raises(ConfigError) as caught:
+        check_streamable(StageOneSettings(steps=5), EmulatorSettings())
+    assert "recipe" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("cache", ["e", "e/cache", "f/../e/cache"])
+def test_a_cache_in_what_is_written_whole(
+    cache: str, stream: bool, built: Built, model: ModelSettings, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"^cache: "):
+        streamed(built, model, tmp_path / "e", cache=tmp_path / cache, stream=stream)
+    assert not (tmp_path / "e").exists()

@@ -154,7 +154,9 @@ def test_nothing_is_done_again_behind_the_last_layer(tmp_path: Path) -> None:
     assert again.scores == first.scores
     with pytest.raises(Stopped):  # while losses are measured
         build_streamed(base, first, EMULATOR, TEXT.batches(), HELD_OUT, CPU, folder, _stopping_in("measure fit"))
-    found, _ = build_streamed(base, first, EMULATOR, TEXT.batches(), HELD_OUT, CPU, folder, _stopping_in("fit in order"))
+    found, _ = build_streamed(
+        base, first, EMULATOR, TEXT.batches(), HELD_OUT, CPU, folder, _stopping_in("fit in order")
+    )
     assert found.digest == second_pass(base, first).digest
 
 
