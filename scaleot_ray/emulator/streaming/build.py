@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,6 +90,7 @@ def build_streamed(
             fit.begin(held_out, device, merge=False),
             device,
             SavedLayers(folder),
+            {"roles": [role.value for role in roles]},
         )
     fitting.run(Position(None if folder is None else folder / "position.safetensors"), on_progress)
     full, emulated = fitting.losses(base, held_out, on_progress)
@@ -103,6 +105,7 @@ class _Fitting:
     carried: list[Streams]
     device: torch.device
     saved: SavedLayers
+    record: dict[str, Any]  # what a pass must have in common with the one it goes on from
 
     def run(self, position: Position, on_progress: OnProgress | None) -> None:
         first, layers = self._restore(position), len(self.fit.layers)
@@ -111,7 +114,7 @@ class _Fitting:
             self._step(index)
             meter.advance()
             # Behind the last layer in any case: an emulator that cannot be written must not cost the fit.
-            position.passed(index + 1, self._state, {}, due=index + 1 == layers)
+            position.passed(index + 1, self._state, self.record, due=index + 1 == layers)
 
     def _step(self, index: int) -> None:
         full, emulated, fitted = self.fit.full_layers[index], self.fit.layers[index], index in self.fit.positions
@@ -171,7 +174,7 @@ class _Fitting:
 
     def _restore(self, position: Position) -> int:
         found = position.restore()
-        if found is None:
+        if found is None or found[2] != self.record:
             self._let_go(0)
             return 0
         index, tensors, _ = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,17 @@ def test_damaged_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "position.safetensors").write_bytes(b"nor here")
     with pytest.raises(RunFailed, match=r"position\.safetensors"):
         second_pass(base, stage_one, tmp_path)
+
+
+def test_a_pass_for_other_layers_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointPace, "due", lambda *_: True)
+    base = base_of("llama")
+    stage_one = first_pass(base)
+    with pytest.raises(Stopped):
+        second_pass(base, stage_one, tmp_path, stop_behind=6)
+    # As if stage 1 had been deleted and done again elsewhere.
+    other = replace(stage_one, scores={index: -score for index, score in stage_one.scores.items()})
+    assert second_pass(base, other, tmp_path).digest == second_pass(base, other).digest
 
 
 def _with_one_bit_flipped(data: bytes) -> bytes:
