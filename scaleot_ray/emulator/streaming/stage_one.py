@@ -8,6 +8,7 @@ n layers about n/2 further forward passes of that batch, each layer still being 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,6 +139,12 @@ class _Pass:
             ]
         if not teacher.isfinite().all():
             raise RunFailed("stage 1: the model's own output is not finite.", "Check the model's weights (model.path).")
+        for index, value in zip(self.positions, damage, strict=True):
+            if not math.isfinite(value):
+                raise RunFailed(
+                    f"stage 1: the output is {value} with layer {index} replaced.",
+                    "Give more public text (stage_one.start_tokens), or raise stage_one.ridge.",
+                )
         return damage
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -219,6 +219,18 @@ def test_a_model_whose_output_is_not_finite(weight: float) -> None:
         first_pass(base)
 
 
+def test_a_layer_that_cannot_be_replaced_on_text_it_was_not_fitted_on() -> None:
+    base = base_of("llama-untied-bias")
+    unseen = 96
+    public = [{**batch, "input_ids": batch["input_ids"].clamp(max=unseen - 1)} for batch in text()]
+    held_out = {**HELD_OUT[0], "input_ids": HELD_OUT[0]["input_ids"].clone()}
+    held_out["input_ids"][0, 3] = unseen
+    base.model.get_input_embeddings().weight[unseen] = 3e38  # the model's norms take it, a linear map does not
+    assert base.model(held_out["input_ids"]).logits.isfinite().all()
+    with pytest.raises(RunFailed, match="with layer 1 replaced"):
+        streamed_stage_one(base, public, held_out, STAGE_ONE, CPU)
+
+
 def test_at_work_changes_nothing_for_good() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16).requires_grad_(False)
     module[1].weight = module[0].weight
