@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,25 @@ from scaleot_ray.checkpoints import CheckpointPace, read_state, write_state
 from scaleot_ray.errors import NO_ROOM, ResourcesMissing, RunFailed
 
 _EVERY = 1 << 30  # layers; the minute decides
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in words what keeps a file of the cache from being written.
+
+    Raises:
+        ResourcesMissing: the disk is full.
+        RunFailed: it cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise ResourcesMissing(
+                f"{path}: no room to write ({error}).",
+                "Free disk space and run the same command again; it goes on from what was written before.",
+            ) from error
+        raise RunFailed(f"{path}: cannot be written ({error}).", "Give a cache folder that can be.") from error
 
 
 class Position:
@@ -39,15 +59,8 @@ class Position:
         if self.path is None or not (due or self._pace.due(index)):
             return
         path, text = self.path, json.dumps({"index": index, **record})
-        try:
+        with writing(path):
             self._pace.write(lambda: write_state(path, tensors(), "position", text))
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise ResourcesMissing(
-                    f"{path}: no room to write ({error}).",
-                    "Free disk space and run the same command again; it goes on from what was written before.",
-                ) from error
-            raise RunFailed(f"{path}: cannot be written ({error}).", "Give a cache folder that can be.") from error
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         """Index, tensors and record of :meth:`passed`; None where nothing is kept.

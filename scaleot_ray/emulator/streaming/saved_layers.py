@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from scaleot_ray.checkpoints import read_state, write_state
-from scaleot_ray.errors import NO_ROOM, ResourcesMissing, RunFailed
+from scaleot_ray.emulator.streaming.position import writing
+from scaleot_ray.errors import RunFailed
 
 
 class SavedLayers:
@@ -36,15 +37,8 @@ class SavedLayers:
             self.tensors |= tensors
             return tensors
         path = self._path(index)
-        try:
+        with writing(path):
             write_state(path, tensors, "layer", str(index))
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise ResourcesMissing(
-                    f"{path}: no room to write ({error}).",
-                    "Free disk space and run the same command again; it goes on from what was written before.",
-                ) from error
-            raise RunFailed(f"{path}: cannot be written ({error}).", "Give a cache folder that can be.") from error
         return self.restore(index)
 
     def restore(self, index: int) -> dict[str, torch.Tensor]:
