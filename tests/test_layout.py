@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "scaleot_ray"
 
 ORDER = (
-    *("errors", "plain_text", "result_folder", "processors", "progress", "interruption", "checkpoints"),
+    *("errors", "plain_text", "result_folder", "processors", "progress", "interruption", "checkpoints", "ranks"),
     *("config", "families", "artifacts", "data", "evaluation", "emulator", "tuning", "plugin", "stages"),
     *("federation/folder", "federation/resources", "federation/rounds", "federation/roles", "federation/driver"),
     *("federation/preflight", "federation/environment", "federation/run"),

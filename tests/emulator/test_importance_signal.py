@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from scaleot_ray.config import StageOneSettings
-from scaleot_ray.emulator.layer_replace import language_model_loss, train_stage_one
+from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.emulator.layer_replace_steps import language_model_loss
 from scaleot_ray.evaluation.loss import evaluate_loss
 from scaleot_ray.families import family_of
 
