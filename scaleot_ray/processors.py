@@ -40,3 +40,16 @@ def use_usable_cores() -> None:
     """
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(usable_cores())
+
+
+def thread_environment(cpus: int) -> dict[str, str]:
+    """Environment that gives every library of a process ``cpus`` threads; it must be set before they start."""
+    names = (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+        "RAYON_NUM_THREADS",  # tokenizers
+    )
+    return {name: str(cpus) for name in names} | {"TOKENIZERS_PARALLELISM": "true" if cpus > 1 else "false"}

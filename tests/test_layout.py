@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "scaleot_ray"
 ORDER = (
     *("errors", "plain_text", "result_folder", "processors", "progress", "interruption", "checkpoints", "ranks"),
     *("config", "families", "artifacts", "data", "evaluation", "emulator", "tuning", "plugin", "stages"),
-    *("federation/folder", "federation/resources", "federation/rounds", "federation/roles", "federation/driver"),
+    *("resources", "parallel"),
+    *("federation/folder", "federation/rounds", "federation/roles", "federation/driver"),
     *("federation/preflight", "federation/environment", "federation/run"),
     "cli",
 )
 """What lies above what, from the bottom of the house to its door."""
 
-WITH_RAY = ("federation/resources", "federation/roles", "federation/driver", "cli")
+WITH_RAY = ("resources", "parallel", "federation/roles", "federation/driver", "cli")
 
 
 def place(name: str) -> str | None:

@@ -12,8 +12,8 @@ import ray
 
 from benchmarks.overhead.spread import ratios, spread
 from scaleot_ray.artifacts import Artifact
-from scaleot_ray.federation.resources.session import local_ray
 from scaleot_ray.federation.roles.object_store import from_shared, to_shared
+from scaleot_ray.resources.session import local_ray
 
 Bytes = npt.NDArray[np.uint8]
 Result = TypeVar("Result")

@@ -19,9 +19,9 @@ from scaleot_ray.errors import ConfigError
 from scaleot_ray.families.size import model_size
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.preflight import preflight
-from scaleot_ray.federation.resources.machine import this_machine
-from scaleot_ray.federation.resources.needs import run_needs
-from scaleot_ray.federation.resources.session import ray_is_given
+from scaleot_ray.resources.machine import this_machine
+from scaleot_ray.resources.needs import run_needs
+from scaleot_ray.resources.session import ray_is_given
 from scaleot_ray.stages.build import build
 
 PLUG_IN_LAYERS = 4

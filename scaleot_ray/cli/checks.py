@@ -50,7 +50,7 @@ def all_checks() -> Iterator[Check]:
     if installed.status == "fail":
         return
 
-    from scaleot_ray.federation.resources.machine import this_machine
+    from scaleot_ray.resources.machine import this_machine
 
     machine = this_machine()
     yield threads(machine.cpus, os.environ.get("OMP_NUM_THREADS"))
@@ -167,8 +167,8 @@ def gpu() -> Check:
 
 def ray_checks() -> Iterator[Check]:
     """Ray starts, and its object store hands out arrays without copying them."""
-    from scaleot_ray.federation.resources.machine import session_folder
-    from scaleot_ray.federation.resources.processes import end_marked
+    from scaleot_ray.resources.machine import session_folder
+    from scaleot_ray.resources.processes import end_marked
 
     try:
         folder = session_folder()

@@ -17,7 +17,7 @@ def probe(folder: str) -> dict[str, float | bool]:
 
     Args:
         folder: for Ray's session files, as short as
-            :func:`scaleot_ray.federation.resources.machine.session_folder` makes it.
+            :func:`scaleot_ray.resources.machine.session_folder` makes it.
     """
     start = time.monotonic()
     import numpy

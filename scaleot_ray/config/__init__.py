@@ -8,6 +8,7 @@ Python. An unknown key is an error that names the nearest known one. Overrides o
 from scaleot_ray.config.aggregation import AggregationSettings
 from scaleot_ray.config.inputs import DataSettings, ModelSettings
 from scaleot_ray.config.owner import PAPER, EmulatorSettings, OwnerSettings, StageOneSettings
+from scaleot_ray.config.parallel import ParallelSettings
 from scaleot_ray.config.placement import PlacementSettings
 from scaleot_ray.config.reading import load_yaml, override, parse
 from scaleot_ray.config.rounds import RoundSettings
@@ -23,6 +24,7 @@ __all__ = [
     "ModelSettings",
     "Number",
     "OwnerSettings",
+    "ParallelSettings",
     "PlacementSettings",
     "RoundSettings",
     "RunSettings",

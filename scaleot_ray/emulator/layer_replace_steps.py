@@ -73,18 +73,11 @@ class OneProcess:
 
     def __init__(self, model: nn.Module, harmonizers: Mapping[int, Harmonizer], adam: MaskedAdamW) -> None:
         self._harmonizers, self._adam = harmonizers, adam
-        # In float16 most gradients of a mean over many tokens would be zero; those of harmonizers are float32.
-        dtype = next(model.parameters()).dtype
-        self._scale = _FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
     def step(self, loss: torch.Tensor) -> None:
         """Backward pass and update."""
         self._adam.zero_grad(set_to_none=True)
-        (loss * self._scale).backward()
-        for group in self._adam.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(self._scale)
+        (loss * self._adam.gradient_scale).backward()
         self._adam.step()
 
     def harmonizers(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -111,6 +104,7 @@ class OneProcess:
                 for key, value in self._adam.state[parameter].items():
                     if (saved := moments.get(f"{index}.{name}.{key}")) is not None:
                         value.copy_(saved)
+                self._adam.updates[index] = int(self._adam.state[parameter]["step"])
 
 
 @dataclass(frozen=True)
@@ -162,14 +156,14 @@ class Steps:
 def harmonizer_modules(
     model: nn.Module, family: Family, settings: StageOneSettings, layers: Sequence[int] | Mapping[int, Any]
 ) -> dict[int, Harmonizer]:
-    """New harmonizers with random values of the settings' seed, in at least float32, where the model is."""
-    parameter = next(model.parameters())
+    """New harmonizers with random values of the settings' seed, in float32, where the model is."""
+    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return {
             index: Harmonizer(
                 hidden_size(model.config), settings.harmonizer_rank, settings.activation, family.returns_tuple
-            ).to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+            ).to(device, torch.float32)
             for index in layers
         }
 
@@ -200,15 +194,17 @@ class _Run:
         self.model, self.ranks, self.switchboard = steps.model, steps.ranks, switchboard
         self.batches, self.held_out = steps.batches, steps.held_out
         self.state, self.settings, settings = state, state.settings, state.settings
-        self.device = next(steps.model.parameters()).device
         self.step, self.history = state.step, list(state.history)
         positions = tuple(sorted(harmonizers))
         self.scores = LayerScores(positions, settings.group_size, settings.masked_fraction, settings.seed)
         self.scores.values = torch.tensor([state.scores[index] for index in positions], dtype=torch.float64)
         if _GENERATOR in extra:
             self.scores.generator.set_state(extra[_GENERATOR])
-        self.adam = MaskedAdamW(harmonizers, settings.learning_rate, settings.weight_decay)
+        # In float16 most gradients of a mean over many tokens would be zero; those of harmonizers are float32.
+        scale = _FLOAT16_SCALE if next(steps.model.parameters()).dtype == torch.float16 else 1.0
+        self.adam = MaskedAdamW(harmonizers, settings.learning_rate, settings.weight_decay, scale)
         self.training = steps.training(steps.model, harmonizers, self.adam)
+        self.device = next(steps.model.parameters()).device
         self.training.restore(
             {name[len(_OPTIMIZER) :]: value for name, value in extra.items() if name.startswith(_OPTIMIZER)}
         )
@@ -322,7 +318,11 @@ class _Run:
                         "Lower stage_one.learning_rate, or load the model in float32 (model.dtype).",
                     )
         return replace(
-            self.state, scores=self.scores.by_position(), harmonizers=trained, history=self.history, step=self.step
+            self.state,
+            scores=self.scores.by_position(),
+            harmonizers=trained,
+            history=list(self.history),
+            step=self.step,
         )
 
     def _save(self, keep: Keep) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from scaleot_ray.emulator.harmonizer import Harmonizer
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names of its two moments."""
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -24,16 +25,31 @@ class MaskedAdamW(torch.optim.AdamW):
         harmonizers: by layer.
         learning_rate: of the first step.
         weight_decay: as in AdamW.
+        gradient_scale: what losses are multiplied with before their backward pass; gradients are divided by it.
+
+    Attributes:
+        updates: of each layer's harmonizer so far.
+        gradient_scale: as given.
     """
 
-    def __init__(self, harmonizers: Mapping[int, Harmonizer], learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        harmonizers: Mapping[int, Harmonizer],
+        learning_rate: float,
+        weight_decay: float,
+        gradient_scale: float = 1.0,
+    ) -> None:
         groups = [{"params": list(module.parameters()), "layer": index} for index, module in harmonizers.items()]
         super().__init__(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
         self._replaced: Collection[int] = ()
+        self.updates = dict.fromkeys(harmonizers, 0)
+        self.gradient_scale = gradient_scale
 
     def prepare(self, replaced: Collection[int], learning_rate: float) -> None:
         """Says which layers' harmonizers the next step updates, and how fast."""
         self._replaced = replaced
+        for layer in replaced:
+            self.updates[layer] += 1
         for group in self.param_groups:
             group["lr"] = learning_rate
 
@@ -51,10 +67,14 @@ class MaskedAdamW(torch.optim.AdamW):
                 self._begin(parameter)
                 if group["layer"] not in self._replaced:
                     parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.div_(self.gradient_scale)
+                # Counted here, since a parameter may be in several pieces, in this process and in others.
+                self.state[parameter]["step"].fill_(self.updates[group["layer"]] - (group["layer"] in self._replaced))
         return super().step(closure)
 
     def _begin(self, parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state.update({name: torch.zeros_like(parameter) for name in _MOMENTS})
+            state.update({name: torch.zeros_like(parameter) for name in MOMENTS})

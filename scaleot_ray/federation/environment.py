@@ -15,13 +15,13 @@ from scaleot_ray.federation.driver.placement import Placement, check_labels, che
 from scaleot_ray.federation.driver.schedule import MachineSchedule, Schedule
 from scaleot_ray.federation.driver.works import all_works
 from scaleot_ray.federation.preflight import check_coordinator, check_storage, preflight
-from scaleot_ray.federation.resources.data_check import check_public, model_tokenizer, tenant_checks
-from scaleot_ray.federation.resources.machine import this_machine, usable_memory
-from scaleot_ray.federation.resources.needs import RAY, Needs, run_needs
-from scaleot_ray.federation.resources.node_check import look_at_owner, look_at_tenants
-from scaleot_ray.federation.resources.nodes import living_nodes
-from scaleot_ray.federation.resources.session import Session, local_ray, ray_is_given
 from scaleot_ray.progress import OnProgress
+from scaleot_ray.resources.data_check import check_public, model_tokenizer, tenant_checks
+from scaleot_ray.resources.machine import this_machine, usable_memory
+from scaleot_ray.resources.needs import RAY, Needs, run_needs
+from scaleot_ray.resources.node_check import look_at_owner, look_at_tenants
+from scaleot_ray.resources.nodes import living_nodes
+from scaleot_ray.resources.session import Session, local_ray, ray_is_given
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from scaleot_ray.artifacts.storage import read_manifest
 from scaleot_ray.config import AggregationSettings, RunSettings
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.resources.machine import Machine, free_disk
-from scaleot_ray.federation.resources.needs import RAY, Memory, Needs
 from scaleot_ray.federation.rounds.administration import registry_place
 from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.artifact_store import KEY
@@ -21,6 +19,8 @@ from scaleot_ray.federation.rounds.registry import AGGREGATE
 from scaleot_ray.federation.rounds.registry.database import KEY as REGISTRY
 from scaleot_ray.federation.rounds.registry.local_volume import check_local
 from scaleot_ray.plugin.aggregation import check_fits_tuning
+from scaleot_ray.resources.machine import Machine, free_disk
+from scaleot_ray.resources.needs import RAY, Memory, Needs
 
 _GB = 1e9
 

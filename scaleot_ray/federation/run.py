@@ -14,9 +14,9 @@ from scaleot_ray.federation.driver.run_state import RunState, Tenant
 from scaleot_ray.federation.environment import look_here, on_cluster, on_this_machine
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.preflight import check_settings
-from scaleot_ray.federation.resources.processes import PeakMemory
 from scaleot_ray.interruption import interruptible
 from scaleot_ray.progress import OnProgress, OnTenantState
+from scaleot_ray.resources.processes import PeakMemory
 from scaleot_ray.result_folder import is_uri
 
 _AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."

@@ -21,7 +21,7 @@ from scaleot_ray.families.loading import BaseModel, load_base_model
 from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
-    from scaleot_ray.federation.resources.session import Session
+    from scaleot_ray.resources.session import Session
 
 SETTINGS = TuneSettings(steps=3, batch_size=2, block_size=16, lora_rank=2)
 

@@ -13,7 +13,7 @@ import pytest
 
 from scaleot_ray.cli import checks
 from scaleot_ray.cli.checks import GIB
-from scaleot_ray.federation.resources import machine
+from scaleot_ray.resources import machine
 from tests.cli.command import scaleot
 from tests.cli.documented_keys import JsonPage
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from packaging.version import Version
 
-from scaleot_ray.federation.resources.nodes import Node
+from scaleot_ray.resources.nodes import Node
 from tests.cli.command import PROJECT
 
 FOLDER = PROJECT / "cluster" / "kuberay"

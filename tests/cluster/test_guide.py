@@ -18,7 +18,7 @@ from scaleot_ray.federation.driver.placement import check_labels
 from scaleot_ray.federation.driver.works import tuning
 from scaleot_ray.federation.environment import look_here
 from scaleot_ray.federation.preflight import check_aggregation
-from scaleot_ray.federation.resources.needs import Needs, run_needs
+from scaleot_ray.resources.needs import Needs, run_needs
 from tests.cli.command import PROJECT
 from tests.cluster.manifests import FOLDER, GPU, bytes_of, load, nodes, of_kind, pods
 from tests.cluster.pins import IMAGE

@@ -17,7 +17,7 @@ from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.federation.driver.placement import check_labels, check_places, check_sharing
 from scaleot_ray.federation.driver.works import all_works
 from scaleot_ray.federation.preflight import check_aggregation
-from scaleot_ray.federation.resources.needs import run_needs
+from scaleot_ray.resources.needs import run_needs
 from tests.cluster import manifests
 from tests.cluster.manifests import FOLDER, GPU, Document, of_kind, pods
 from tests.cluster.pins import IMAGE, RAY

@@ -14,7 +14,7 @@ import ray
 
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
-from scaleot_ray.federation.resources.session import Session
+from scaleot_ray.resources.session import Session
 from tests.cli.command import environment
 
 PROJECT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.errors import Interrupted
 from scaleot_ray.evaluation.table import ROWS
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.interruption import interruptible
+from scaleot_ray.resources.session import Session
 from tests.cli.command import environment
 from tests.federation.scenario import run_once
 

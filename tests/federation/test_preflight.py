@@ -21,11 +21,11 @@ from scaleot_ray.federation.preflight import (
     check_registry,
     preflight,
 )
-from scaleot_ray.federation.resources import machine as machines
-from scaleot_ray.federation.resources.machine import Machine, this_machine, usable_memory
-from scaleot_ray.federation.resources.needs import RAY, Needs, activations, run_needs, trained_parameters
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.plugin.aggregation import contributions, working_bytes
+from scaleot_ray.resources import machine as machines
+from scaleot_ray.resources.machine import Machine, this_machine, usable_memory
+from scaleot_ray.resources.needs import RAY, Needs, activations, run_needs, trained_parameters
 from tests.federation.rounds.tiny_deltas import TinyDeltas
 from tests.tiny_models import TINY, save_tiny, tiny_model
 from tests.tiny_run import write_tiny_run

@@ -22,12 +22,12 @@ from scaleot_ray.errors import ConfigError, DataError, RunFailed
 from scaleot_ray.evaluation.table import ROWS
 from scaleot_ray.federation.driver.phases import Phases
 from scaleot_ray.federation.driver.report import RunReport
-from scaleot_ray.federation.resources.data_check import LOOKED_AT
-from scaleot_ray.federation.resources.processes import marked
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.role import ACTORS
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress, TenantState
+from scaleot_ray.resources.data_check import LOOKED_AT
+from scaleot_ray.resources.processes import marked
+from scaleot_ray.resources.session import Session
 from tests.tiny_run import WORDS, write_text, write_tiny_run
 
 pytestmark = pytest.mark.usefixtures("connected_ray")

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scaleot_ray.federation.resources.processes import end_marked, marked
+from scaleot_ray.resources.processes import end_marked, marked
 from tests.cli.command import PROJECT, environment
 
 MARK = "SCALEOT_TEST_CLUSTER"  # in the environment of every process of the cluster

@@ -23,12 +23,12 @@ from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.driver.silence import Silence
 from scaleot_ray.federation.driver.starting import Starts
-from scaleot_ray.federation.resources.failure import actor_failure
-from scaleot_ray.federation.resources.processes import PeakMemory, end, end_marked, wait_for_end
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.coordinator import COORDINATOR, Charge, Coordinator
 from scaleot_ray.federation.roles.role import ACTORS, Present, start, stop
 from scaleot_ray.progress import OnProgress, Progress
+from scaleot_ray.resources.failure import actor_failure
+from scaleot_ray.resources.processes import PeakMemory, end, end_marked, wait_for_end
+from scaleot_ray.resources.session import Session
 
 _NAMESPACE = "scaleot"
 _LOOK_SECONDS = 0.2

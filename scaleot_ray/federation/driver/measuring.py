@@ -16,10 +16,10 @@ from scaleot_ray.federation.driver.actors import Running
 from scaleot_ray.federation.driver.run_state import RunState, Tenant
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.federation.driver.works import measuring
-from scaleot_ray.federation.resources.failure import has_died
 from scaleot_ray.federation.roles.coordinator import evaluator
 from scaleot_ray.federation.roles.evaluator import Evaluator
 from scaleot_ray.federation.rounds.registry import PlugIn
+from scaleot_ray.resources.failure import has_died
 
 FULL_ROWS = ("full_zero_shot", "full_tuned")
 # The data owner has sent the tuned emulator's value as a number. The evaluator measures it again, block by

@@ -19,8 +19,8 @@ from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.federation.driver.schedule import Work
-from scaleot_ray.federation.resources.nodes import Node, living_nodes
 from scaleot_ray.progress import OnProgress, Progress
+from scaleot_ray.resources.nodes import Node, living_nodes
 
 SAY_SECONDS = 10.0
 """A wait for room longer than this is told of."""

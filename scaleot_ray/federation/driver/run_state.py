@@ -13,10 +13,10 @@ from scaleot_ray.evaluation.table import TenantTable
 from scaleot_ray.federation.driver.actors import Actors, Running
 from scaleot_ray.federation.driver.schedule import Schedule
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.resources.needs import Needs
 from scaleot_ray.federation.roles.coordinator import Entry, evaluator
 from scaleot_ray.federation.roles.data_owner import Part
 from scaleot_ray.progress import OnTenantState, State, TenantState
+from scaleot_ray.resources.needs import Needs
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ import ray._private.state
 
 from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.progress import OnProgress, Progress
+from scaleot_ray.resources.session import Session
 
 SAY_SECONDS = 10.0
 """A wait for processors longer than this is told of; a new process takes a part of it."""

@@ -18,10 +18,10 @@ from scaleot_ray.federation.driver.report import RoundResult
 from scaleot_ray.federation.driver.run_state import RunState, Tenant
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.federation.driver.works import tuning
-from scaleot_ray.federation.resources.failure import has_died
 from scaleot_ray.federation.roles.coordinator import Entry, Opened
 from scaleot_ray.federation.roles.data_owner import DataOwner, PackedDataOwners
 from scaleot_ray.federation.rounds.registry import Round
+from scaleot_ray.resources.failure import has_died
 
 _NO_PART = "it takes no part"
 

@@ -14,11 +14,11 @@ from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.storage import read_artifact
 from scaleot_ray.config import TenantSettings, TuneSettings
 from scaleot_ray.errors import RunFailed, ScaleOTError
-from scaleot_ray.federation.resources.failure import actor_failure
 from scaleot_ray.federation.roles.coordinator import data_owner
 from scaleot_ray.federation.roles.object_store import Shared, check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.roles.role import Role
 from scaleot_ray.progress import Progress
+from scaleot_ray.resources.failure import actor_failure
 from scaleot_ray.stages.identity import keyed_digest
 from scaleot_ray.stages.tune import TuneRequest, TuneResult, tune_emulator
 from scaleot_ray.stages.tune_packed import tune_emulator_packed

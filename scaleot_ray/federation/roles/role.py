@@ -15,6 +15,7 @@ from ray.exceptions import ObjectLostError
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.audit import tenant_of
 from scaleot_ray.federation.roles.object_store import from_shared
+from scaleot_ray.processors import thread_environment
 from scaleot_ray.progress import OnProgress, Progress
 
 ACTORS = "SCALEOT_ACTORS"  # in the environment of every actor's process: which run it belongs to
@@ -126,19 +127,6 @@ def start(
         runtime_env={"env_vars": environment},
         **options,
     ).remote(*arguments)
-
-
-def thread_environment(cpus: int) -> dict[str, str]:
-    """Environment that gives every library of a process ``cpus`` threads; it must be set before they start."""
-    names = (
-        "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "NUMEXPR_NUM_THREADS",
-        "VECLIB_MAXIMUM_THREADS",
-        "RAYON_NUM_THREADS",  # tokenizers
-    )
-    return {name: str(cpus) for name in names} | {"TOKENIZERS_PARALLELISM": "true" if cpus > 1 else "false"}
 
 
 def stop(actor: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from scaleot_ray.federation.driver.actors import coordinator_name
 from scaleot_ray.federation.driver.phases import Phases
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.run import run_local
+from scaleot_ray.resources.session import Session
 from tests.tiny_run import write_tiny_run
 
 

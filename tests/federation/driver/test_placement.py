@@ -17,8 +17,8 @@ from scaleot_ray.federation import environment
 from scaleot_ray.federation.driver import placement
 from scaleot_ray.federation.driver.placement import check_labels, check_places, check_sharing
 from scaleot_ray.federation.driver.schedule import Work
-from scaleot_ray.federation.resources.nodes import Node
 from scaleot_ray.federation.run import run_local
+from scaleot_ray.resources.nodes import Node
 from tests.cli.command import scaleot
 from tests.tiny_run import write_tiny_run
 

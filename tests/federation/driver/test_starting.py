@@ -19,10 +19,10 @@ from scaleot_ray.federation.driver.packs import Pack
 from scaleot_ray.federation.driver.phases import Phases
 from scaleot_ray.federation.driver.starting import Starts
 from scaleot_ray.federation.driver.tuning_rounds import TuningRounds
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.role import Role
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress
+from scaleot_ray.resources.session import Session
 from tests.tiny_run import write_tiny_run
 
 

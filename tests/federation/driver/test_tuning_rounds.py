@@ -16,7 +16,7 @@ from scaleot_ray.federation.driver.placement import Placement
 from scaleot_ray.federation.driver.run_state import Tenant
 from scaleot_ray.federation.driver.schedule import MachineSchedule, Schedule
 from scaleot_ray.federation.driver.tuning_rounds import TuningRounds
-from scaleot_ray.federation.resources.needs import Memory
+from scaleot_ray.resources.needs import Memory
 
 
 def owner(name: str, gpus: float = 0) -> Tenant:

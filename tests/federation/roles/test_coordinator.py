@@ -29,13 +29,13 @@ from scaleot_ray.emulator.assemble import assemble
 from scaleot_ray.errors import ArtifactRefused, RunFailed
 from scaleot_ray.evaluation.loss import LossScore
 from scaleot_ray.evaluation.table import TenantTable, table_json
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.coordinator import Charge, Coordinator
 from scaleot_ray.federation.roles.data_owner import DataOwner, Part
 from scaleot_ray.federation.roles.object_store import check_unchanged, from_shared, to_shared
 from scaleot_ray.federation.roles.role import Present, Role, start, stop
 from scaleot_ray.federation.roles.table_gate import pack_table
 from scaleot_ray.progress import Progress
+from scaleot_ray.resources.session import Session
 from scaleot_ray.stages.build import build
 from scaleot_ray.stages.tune import tune_emulator
 from tests.tiny_run import write_tiny_run

@@ -14,9 +14,9 @@ import torch
 from scaleot_ray.artifacts.artifact import Artifact
 from scaleot_ray.artifacts.manifest import MetricsContent
 from scaleot_ray.errors import ArtifactRefused, RunFailed
-from scaleot_ray.federation.resources.failure import actor_failure
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.roles.object_store import check_unchanged, from_shared, to_shared
+from scaleot_ray.resources.failure import actor_failure
+from scaleot_ray.resources.session import Session
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 

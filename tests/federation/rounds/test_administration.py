@@ -11,11 +11,11 @@ import pytest
 
 from scaleot_ray.errors import ArtifactRefused, ConfigError, Interrupted, ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.federation.folder import RunFolder
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.rounds.administration import Request, administer, pending, reply
 from scaleot_ray.federation.rounds.status import run_status
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress, TenantState
+from scaleot_ray.resources.session import Session
 from scaleot_ray.stages.record import write_record
 from tests.federation.rounds.tiny_deltas import TinyDeltas, ended_run
 from tests.tiny_run import write_tiny_run

@@ -9,12 +9,12 @@ import pytest
 
 from scaleot_ray.config import AggregationSettings, RoundSettings
 from scaleot_ray.errors import ArtifactRefused, ConfigError, ResourcesMissing, RunFailed
-from scaleot_ray.federation.resources.session import Session
 from scaleot_ray.federation.rounds.administration import Request, administer
 from scaleot_ray.federation.rounds.artifact_location import Location
 from scaleot_ray.federation.rounds.registry import AGGREGATE
 from scaleot_ray.federation.rounds.status import run_status
 from scaleot_ray.federation.run import run_local
+from scaleot_ray.resources.session import Session
 from tests.federation.rounds.faulty_filesystem import faulty
 from tests.federation.rounds.keeper_bench import NAMES, Bench
 from tests.federation.rounds.tiny_deltas import TinyDeltas, ended_run

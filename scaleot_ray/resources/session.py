@@ -25,9 +25,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scaleot_ray.errors import ResourcesMissing, RunFailed
-from scaleot_ray.federation.resources.machine import Machine, session_folder, usable_memory
-from scaleot_ray.federation.resources.processes import end_marked, end_users_of
-from scaleot_ray.federation.resources.watchdog import watched
+from scaleot_ray.resources.machine import Machine, session_folder, usable_memory
+from scaleot_ray.resources.processes import end_marked, end_users_of
+from scaleot_ray.resources.watchdog import watched
 
 MARK = "SCALEOT_RUN"  # in the environment of every process of a private Ray
 _CONNECT_SECONDS = 10.0

@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from scaleot_ray.errors import DataError, ResourcesMissing, RunFailed, ScaleOTError
-from scaleot_ray.federation.resources.failure import actor_failure
-from scaleot_ray.federation.resources.session import Session
+from scaleot_ray.resources.failure import actor_failure
+from scaleot_ray.resources.session import Session
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

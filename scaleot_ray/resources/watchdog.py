@@ -1,4 +1,4 @@
-"""Ends what a driver leaves behind that was killed: ``python -m scaleot_ray.federation.resources.watchdog``.
+"""Ends what a driver leaves behind that was killed: ``python -m scaleot_ray.resources.watchdog``.
 
 A driver that is killed cannot end its private Ray. Most of Ray's processes notice within a second, some of
 its agents after a minute, and nobody removes the folder of its session files. This process holds the other
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scaleot_ray.federation.resources.processes import end_marked, end_users_of
+from scaleot_ray.resources.processes import end_marked, end_users_of
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from scaleot_ray.errors import DataError
-from scaleot_ray.federation.resources import node_check
+from scaleot_ray.resources import node_check
 
 
 @ray.remote(num_cpus=0)

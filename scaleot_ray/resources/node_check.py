@@ -21,8 +21,8 @@ from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.families.size import ModelSize, model_size
 from scaleot_ray.families.tokenizer import load_tokenizer, tokenizer_files
-from scaleot_ray.federation.resources.data_check import TenantCheck, check_public, model_tokenizer, tenant_checks
-from scaleot_ray.federation.resources.failure import actor_failure
+from scaleot_ray.resources.data_check import TenantCheck, check_public, model_tokenizer, tenant_checks
+from scaleot_ray.resources.failure import actor_failure
 
 AT_ONCE = 8
 """Looks under way at the same time; each has a process of its own on its node."""

@@ -16,9 +16,9 @@ import pytest
 import ray
 
 from scaleot_ray.errors import ResourcesMissing
-from scaleot_ray.federation.resources import session as sessions
-from scaleot_ray.federation.resources.processes import marked
-from scaleot_ray.federation.resources.session import MARK, Session
+from scaleot_ray.resources import session as sessions
+from scaleot_ray.resources.processes import marked
+from scaleot_ray.resources.session import MARK, Session
 from tests.cli.command import scaleot
 from tests.tiny_run import write_tiny_run
 
@@ -26,8 +26,8 @@ PROGRAM = """
 import json, os, sys, tempfile, time
 from pathlib import Path
 import psutil, ray
-from scaleot_ray.federation.resources.processes import marked
-from scaleot_ray.federation.resources.session import MARK, local_ray, ray_is_given
+from scaleot_ray.resources.processes import marked
+from scaleot_ray.resources.session import MARK, local_ray, ray_is_given
 
 before = dict(os.environ)
 given = ray_is_given()
@@ -53,7 +53,7 @@ def in_a_process(**environment: str) -> dict[str, Any]:
         text=True,
         timeout=180,
         check=False,
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[2],
         env={**clean, **environment},
     )
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def test_a_ray_that_happens_to_run_is_left_alone(connected_ray: Session, tmp_pat
 
 def test_a_driver_that_is_killed_leaves_neither_processes_nor_a_folder(connected_ray: Session) -> None:
     program = (
-        "import time\nfrom scaleot_ray.federation.resources.session import local_ray\n"
+        "import time\nfrom scaleot_ray.resources.session import local_ray\n"
         "with local_ray(cpus=1, gpus=0, object_store_bytes=100 << 20) as session:\n"
         "    print(session.logs.parents[1], flush=True)\n    time.sleep(600)\n"
     )
@@ -85,7 +85,7 @@ def test_a_driver_that_is_killed_leaves_neither_processes_nor_a_folder(connected
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[2],
         env=clean,
         start_new_session=True,
     )

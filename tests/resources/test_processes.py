@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from scaleot_ray.federation.resources.processes import (
+from scaleot_ray.resources.processes import (
     PeakMemory,
     end,
     end_marked,

@@ -12,9 +12,9 @@ import pytest
 from scaleot_ray.config import DataSettings, RunSettings
 from scaleot_ray.errors import ConfigError, DataError, ScaleOTError
 from scaleot_ray.federation.environment import look_here
-from scaleot_ray.federation.resources.data_check import LOOKED_AT
 from scaleot_ray.federation.run import run_local
 from scaleot_ray.progress import Progress
+from scaleot_ray.resources.data_check import LOOKED_AT
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_run import write_tiny_run
 

@@ -1,0 +1,1 @@
+"""Groups of workers on Ray that train under DeepSpeed."""
