@@ -55,6 +55,12 @@ def build_command(
     stream: Annotated[
         bool, typer.Option("--stream", help="Leave the model on disk: memory for one decoder layer at a time.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Make stage 1's steps by so many workers on Ray, under DeepSpeed.")
+    ] = None,
+    zero: Annotated[
+        int | None, typer.Option(help="With --workers: the ZeRO stage, 0 to 3; 3 spreads the model over them.")
+    ] = None,
     column: ColumnOption = [],  # noqa: B006  typer copies it
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -80,6 +86,10 @@ def build_command(
 
       scaleot build --model my-7b --public wiki.jsonl --output emulator \\
           --stream --dtype bfloat16 --set emulator.fit_tokens=8192
+
+      scaleot build --model my-70b --public wiki.jsonl --output emulator \\
+          --stream --dtype bfloat16 --workers 8 --zero 3 \\
+          --set parallel.gpus=1 --set stage_one.batch_size=8
     """
     with working(context, "Run the same command again: it goes on from its last checkpoint.") as out:
         values = {
@@ -92,6 +102,8 @@ def build_command(
             "overwrite": overwrite,
             **given(cache=cache, recipe=recipe, stream=stream or None),
         }
+        if parallel := given(workers=workers, zero=zero):
+            values["parallel"] = parallel
         build_emulator(parse(BuildSettings, override(values, overrides), "scaleot build"), out)
 
 
@@ -116,6 +128,13 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
 
         use_usable_cores()
         check_sources({"public": settings.public})  # loading a large model takes longer than finding a mistyped path
+        take_steps = None
+        if settings.parallel is not None:
+            from scaleot_ray.parallel.build import steps_by_group
+
+            take_steps = steps_by_group(
+                settings.parallel, settings.model, settings.public, settings.stage_one, out.debug
+            )
         audit = audit_beside(output)
         result = build(
             settings.model,
@@ -127,6 +146,7 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
             resume=True,
             overwrite=settings.overwrite,
             stream=settings.stream,
+            take_steps=take_steps,
             audit=audit,
             on_progress=bars,
         )

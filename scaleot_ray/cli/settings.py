@@ -14,6 +14,7 @@ from scaleot_ray.config import (
     ModelSettings,
     Number,
     OwnerSettings,
+    ParallelSettings,
     Settings,
     TuneSettings,
 )
@@ -33,8 +34,11 @@ class BuildSettings(OwnerSettings):
     stream: bool = Field(
         False,
         description="leave the model on disk and work on one decoder layer at a time, in float32: memory for one layer "
-        "instead of the model. Harmonizers and scores come in closed form, without steps and generated text; "
-        "model.dtype must be the type that the weights are stored in",
+        "instead of the model. Harmonizers and scores come in closed form, without generated text and, unless workers "
+        "make them (parallel), without steps; model.dtype must be the type that the weights are stored in",
+    )
+    parallel: ParallelSettings | None = Field(
+        None, description="a group of workers on Ray makes the steps of stage 1; without it the building process does"
     )
 
 

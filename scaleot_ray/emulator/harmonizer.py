@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from scaleot_ray.families import Family
 
@@ -72,18 +73,29 @@ class DroppedLayer(nn.Module):
 
 
 class SwitchableLayer(nn.Module):
-    """A raw layer and its harmonizer in one place, with a switch; stage 1 flips it at every step."""
+    """A raw layer and its harmonizer in one place, with a switch; stage 1 flips it at every step.
 
-    def __init__(self, raw: nn.Module, harmonizer: Harmonizer) -> None:
+    Args:
+        raw: the layer.
+        harmonizer: what stands in for it.
+        recompute: the raw layer's activations are computed again in the backward pass instead of kept (Chen et al.,
+            arXiv 1604.06174). transformers' own switch for that works in training mode alone, with dropout.
+    """
+
+    def __init__(self, raw: nn.Module, harmonizer: Harmonizer, recompute: bool = False) -> None:
         super().__init__()
         self.raw = raw
         self.harmonizer = harmonizer
+        self.recompute = recompute
         self.replaced = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The harmonizer's output when switched to it, else the raw layer's."""
-        chosen = self.harmonizer if self.replaced else self.raw
-        return chosen(*args, **kwargs)
+        if self.replaced:
+            return self.harmonizer(*args, **kwargs)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.raw, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self.raw(*args, **kwargs)
 
 
 class Switchboard:
@@ -99,10 +111,14 @@ class Switchboard:
 
 
 @contextmanager
-def switchable(model: nn.Module, family: Family, harmonizers: dict[int, Harmonizer]) -> Iterator[Switchboard]:
+def switchable(
+    model: nn.Module, family: Family, harmonizers: dict[int, Harmonizer], recompute: bool = False
+) -> Iterator[Switchboard]:
     """Makes the layers that have a harmonizer switchable; puts the raw layers back at the end."""
     layers = family.layers(model)
-    switches = {index: SwitchableLayer(layers[index], harmonizer) for index, harmonizer in harmonizers.items()}
+    switches = {
+        index: SwitchableLayer(layers[index], harmonizer, recompute) for index, harmonizer in harmonizers.items()
+    }
     try:
         for index, switch in switches.items():
             layers[index] = switch

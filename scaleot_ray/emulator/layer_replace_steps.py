@@ -118,6 +118,7 @@ class Steps:
         held_out: batches of other public text; score steps go through them in turn.
         ranks: this process among those that work together.
         training: where the parameters lie.
+        recompute: activations of raw layers in the backward pass, instead of keeping them.
     """
 
     model: nn.Module
@@ -126,6 +127,7 @@ class Steps:
     held_out: Sequence[Batch]
     ranks: Ranks = ALONE
     training: MakeTraining = OneProcess
+    recompute: bool = False
 
     def run(
         self,
@@ -149,7 +151,7 @@ class Steps:
         harmonizers = harmonizer_modules(self.model, self.family, state.settings, state.harmonizers)
         for index, values in state.harmonizers.items():
             harmonizers[index].load_state_dict(values)
-        with switchable(self.model, self.family, harmonizers) as switchboard:
+        with switchable(self.model, self.family, harmonizers, self.recompute) as switchboard:
             return _Run(self, state, extra, harmonizers, switchboard).run(keep, on_progress)
 
 

@@ -9,6 +9,7 @@ hangs, and the layers that harmonizers stand in for are not gathered.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -175,6 +176,20 @@ class ZeroTraining:
         return shape
 
 
+def check_installed() -> None:
+    """Whether DeepSpeed is there, before work begins that would end with it; raises ConfigError."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise _not_installed()
+
+
+def _not_installed(error: ImportError | None = None) -> ConfigError:
+    why = f" ({error})" if error is not None else ""
+    return ConfigError(
+        f"parallel: a group of workers trains under DeepSpeed, which is not there{why}.",
+        "Install it on every node: pip install 'scaleot_ray[deepspeed]'.",
+    )
+
+
 def _deepspeed() -> Any:
     try:
         # It writes a line of information for every second thing that it does, and warns of what does not concern us.
@@ -184,8 +199,5 @@ def _deepspeed() -> Any:
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     except ImportError as error:
-        raise ConfigError(
-            f"parallel: a group of workers trains under DeepSpeed, which is not there ({error}).",
-            "Install it on every node: pip install 'scaleot_ray[deepspeed]'.",
-        ) from error
+        raise _not_installed(error) from error
     return deepspeed

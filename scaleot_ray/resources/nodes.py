@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 import ray._private.state
+
+_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ def living_nodes() -> list[Node]:
     free = ray._private.state.available_resources_per_node()
     nodes = [_node(entry, free.get(entry["NodeID"], {})) for entry in ray.nodes() if entry["Alive"]]
     return sorted(nodes, key=lambda node: (node.id != here, node.address, node.id))
+
+
+def what_nodes_have(nodes: Sequence[Node]) -> str:
+    """What each has and what is free there, in words."""
+    each = [
+        f"{node.address} has {node.cpus:g} processors ({node.free_cpus:g} free), {node.gpus:g} GPUs "
+        f"({node.free_gpus:g} free), {node.memory / _GB:.1f} GB ({node.free_memory / _GB:.1f} free)"
+        for node in nodes
+    ]
+    return "; ".join(each) or "the cluster has no node"
 
 
 def _node(entry: Mapping[str, dict[str, float]], free: Mapping[str, float]) -> Node:

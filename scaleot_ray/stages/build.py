@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, St
 from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.build import FullModelFacts, build_emulator, check_triplet, replaceable_layers
 from scaleot_ray.emulator.layer_replace import train_stage_one
+from scaleot_ray.emulator.layer_replace_steps import Keep
 from scaleot_ray.emulator.privacy import build_for_privacy, check_held_out
 from scaleot_ray.emulator.stage_one import StageOne, steps_done
 from scaleot_ray.errors import ArtifactRefused, ConfigError
@@ -33,10 +34,16 @@ from scaleot_ray.families.loading import BaseModel, load_base_model, resolve_dev
 from scaleot_ray.families.mapped import map_base_model
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.identity import data_digest, identity
-from scaleot_ray.stages.public_text import PublicText, read_public_text, with_generated
+from scaleot_ray.stages.public_text import PublicText, generated_sequences, mixed_with, read_public_text
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import score_from_record, score_record
-from scaleot_ray.stages.streamed import check_streamable, streamed_emulator, streamed_result
+from scaleot_ray.stages.streamed import check_streamable, streamed_emulator, streamed_settings, streamed_start
+
+TakeSteps = Callable[
+    [StageOne, dict[str, torch.Tensor], list[list[int]] | None, Keep, OnProgress | None],
+    StageOne,
+]
+"""Steps of stage 1: from a state, its further tensors and text that the model generated to the last state."""
 
 
 @dataclass
@@ -69,6 +76,7 @@ def build(
     resume: bool = False,
     overwrite: bool = False,
     stream: bool = False,
+    take_steps: TakeSteps | None = None,
     audit: AuditLog | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildResult:
@@ -86,6 +94,7 @@ def build(
         overwrite: replace another artefact in ``output``.
         stream: leave the model's weights in their files and work on one decoder layer at a time, with harmonizers and
             scores in closed form; ``model`` is where they lie.
+        take_steps: makes the steps of stage 1 elsewhere, as a group of workers does.
         audit: log of what leaves as a folder: the emulator then passes the gate before it is written, but
             for one that ``allow_unprotected`` let pass, which is written and must not be sent. None where
             something else takes it through the gate (a run's coordinator).
@@ -110,7 +119,8 @@ def build(
     if overwrite:
         check_replaceable(output, MANIFEST_FILE, overwrite)  # before hours are spent on what could not be written
     if stream:
-        check_streamable(stage_one, emulator)
+        check_streamable(stage_one, emulator, steps=take_steps is not None)
+        stage_one = streamed_settings(stage_one, steps=take_steps is not None)
     with _timed(seconds, "load"):
         base, device = _base_model(model, stream)
         # Before hours are spent on stage 1. A privacy level chooses α and β after it, but not the plug-in layers.
@@ -140,12 +150,9 @@ def build(
         check_held_out(text.held_out, emulator)  # this too before stage 1
     with _timed(seconds, "stage_one"):
         result, reused = None, False
-        if stream:
-            result, reused = streamed_result(base, text, stage_one, device, folder, on_progress)
-        elif emulator.builder == "scaleot":
-            if stage_one.generated_tokens:
-                text = with_generated(text, base, stage_one, folder, on_progress)
-            result, reused = _stage_one(base, text, stage_one, folder, on_progress)
+        if stream or emulator.builder == "scaleot":
+            stage = _StageOne(base, stage_one, folder, device if stream else None, take_steps, on_progress)
+            result, reused, text = stage.run(text)
     parts = None if record is None or not stream else record.with_suffix("")
     with _timed(seconds, "emulator"):
         reached = None
@@ -179,18 +186,55 @@ def _base_model(model: ModelSettings | BaseModel, stream: bool) -> tuple[BaseMod
     return base, resolve_device(model.device)
 
 
-def _stage_one(
-    base: BaseModel,
-    text: PublicText,
-    settings: StageOneSettings,
-    folder: Path | None,
-    on_progress: OnProgress | None,
-) -> tuple[StageOne, bool]:
-    checkpoint = folder / "stage_one.safetensors" if folder is not None else None
-    done = steps_done(checkpoint) if checkpoint is not None else None
-    reused = done is not None and done >= settings.steps
-    result = train_stage_one(base.model, base.family, text.batches, text.held_out, settings, checkpoint, on_progress)
-    return result, reused
+@dataclass(frozen=True)
+class _StageOne:
+    """Stage 1, wherever its parts are computed; ``stream_on``: the device of a model that stays on disk."""
+
+    base: BaseModel
+    settings: StageOneSettings
+    folder: Path | None
+    stream_on: torch.device | None
+    take_steps: TakeSteps | None
+    on_progress: OnProgress | None
+
+    def run(self, text: PublicText) -> tuple[StageOne, bool, PublicText]:
+        """The result, whether it was finished before, and the text with what the model has generated itself."""
+        base, settings, checkpoint = self.base, self.settings, self._file()
+        done = steps_done(checkpoint) if checkpoint is not None else None
+        reused = done is not None and done >= settings.steps
+        sequences = None
+        if settings.generated_tokens:
+            sequences = generated_sequences(base, settings, self.folder, self.on_progress)
+            text = mixed_with(text, sequences, base, settings)
+        if self.stream_on is not None:
+            state, extra = streamed_start(base, text, settings, self.stream_on, self.folder, self.on_progress)
+        else:
+            state = train_stage_one(
+                base.model,
+                base.family,
+                text.batches,
+                text.held_out,
+                settings,
+                checkpoint,
+                self.on_progress,
+                to_the_end=self.take_steps is None,
+            )
+            extra = {}
+            if self.take_steps is not None and checkpoint is not None:
+                extra = StageOne.load(checkpoint, with_moments=False)[1]
+        if state.step < settings.steps and self.take_steps is not None:
+            # Its moments are large, and no step needs them.
+            bare = replace(state, moments={}, leader={})
+            trained = self.take_steps(bare, extra, sequences, self._keep, self.on_progress)
+            state = replace(trained, moments=state.moments, leader=state.leader)
+        return state, reused, text
+
+    def _file(self) -> Path | None:
+        return self.folder / "stage_one.safetensors" if self.folder is not None else None
+
+    def _keep(self, state: StageOne, extra: dict[str, torch.Tensor]) -> None:
+        if (file := self._file()) is not None:
+            state.save(file, extra, with_moments=False)
 
 
 def _full_score(base: BaseModel, text: PublicText, folder: Path | None, on_progress: OnProgress | None) -> LossScore:

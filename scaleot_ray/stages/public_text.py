@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,17 +68,13 @@ def read_public_text(public: DataSettings, base: BaseModel, settings: StageOneSe
     )
 
 
-def with_generated(
-    text: PublicText,
-    base: BaseModel,
-    settings: StageOneSettings,
-    folder: Path | None = None,
-    on_progress: OnProgress | None = None,
-) -> PublicText:
-    """The same with every second batch of text that the model has generated itself; what is held out stays.
+def generated_sequences(
+    base: BaseModel, settings: StageOneSettings, folder: Path | None = None, on_progress: OnProgress | None = None
+) -> list[list[int]]:
+    """Text that the model generates itself, as token ids.
 
     Args:
-        folder: where the generated text is kept; it is generated once for the same model and settings.
+        folder: where it is kept; it is generated once for the same model and settings.
         on_progress: hears of ``generate text``.
 
     Raises:
@@ -86,13 +82,20 @@ def with_generated(
         ResourcesMissing, ConfigError: the text cannot be kept.
     """
     file = None if folder is None else folder / "generated_text.json"
-    sequences = read_record(file).get("input_ids") if file is not None else None
+    sequences: list[list[int]] | None = read_record(file).get("input_ids") if file is not None else None
     if sequences is None:
         count, size = settings.generated_tokens, settings.block_size
         sequences = generate_text(base.model, base.tokenizer, count, size, settings.seed, on_progress).tolist()
         if file is not None:
             write_record(file, {"input_ids": sequences})
-    examples = [TokenExample(tokens, tokens) for tokens in sequences]
+    return sequences
+
+
+def mixed_with(
+    text: PublicText, sequences: Sequence[Sequence[int]], base: BaseModel, settings: StageOneSettings
+) -> PublicText:
+    """The same with every second batch of other sequences; what is held out stays."""
+    examples = [TokenExample(list(tokens), list(tokens)) for tokens in sequences]
     generated = TokenBatches(examples, settings.batch_size, padding_id(base.tokenizer), settings.seed)
     return PublicText(AlternatingBatches(text.batches, generated), text.held_out)
 

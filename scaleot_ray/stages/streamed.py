@@ -18,13 +18,16 @@ from scaleot_ray.progress import OnProgress
 from scaleot_ray.stages.public_text import PublicText
 
 
-def check_streamable(stage_one: StageOneSettings, emulator: EmulatorSettings) -> None:
+def check_streamable(stage_one: StageOneSettings, emulator: EmulatorSettings, steps: bool = False) -> None:
     """Refuses settings that need the whole model in memory. Defaults that do so count as not given.
+
+    Args:
+        steps: others make them.
 
     Raises:
         ConfigError: one of them was given.
     """
-    for name in ("steps", "generated_tokens"):
+    for name in ("generated_tokens",) if steps else ("steps", "generated_tokens"):
         value = getattr(stage_one, name)
         if value and name in stage_one.model_fields_set:
             raise _refused(f"stage_one.{name}", value, "0")
@@ -61,25 +64,31 @@ def _from_recipe(key: str, value: object) -> str:
     return " (and recipe: paper, which sets it)" if PAPER[section].get(name) == value else ""
 
 
-def streamed_result(
+def streamed_settings(settings: StageOneSettings, steps: bool) -> StageOneSettings:
+    """What of stage 1's settings counts where the model stays on disk; ``steps``: others make them."""
+    return settings.model_copy(update={"generated_tokens": 0, **({} if steps else {"steps": 0})})
+
+
+def streamed_start(
     base: BaseModel,
     text: PublicText,
     settings: StageOneSettings,
     device: torch.device,
     folder: Path | None,
     on_progress: OnProgress | None,
-) -> tuple[StageOne, bool]:
-    """A stage-1 result without gradient steps, and whether ``folder`` had it already."""
+) -> tuple[StageOne, dict[str, torch.Tensor]]:
+    """A stage-1 state before its first step, or a later one that ``folder`` has, with its further tensors."""
     if folder is None:
-        return _pass(base, text, settings, device, None, on_progress), False
+        return _pass(base, text, settings, device, None, on_progress), {}
     path, checkpoint = folder / "stage_one.safetensors", folder / "stage_one.position.safetensors"
-    if known := path.exists():
-        result, _ = StageOne.load(path, with_moments=False)
+    extra: dict[str, torch.Tensor] = {}
+    if path.exists():
+        result, extra = StageOne.load(path, with_moments=False)
     else:
         result = _pass(base, text, settings, device, checkpoint, on_progress)
         result.save(path, with_moments=False)
     checkpoint.unlink(missing_ok=True)
-    return result, known
+    return result, extra
 
 
 def _pass(

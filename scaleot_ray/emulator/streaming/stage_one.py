@@ -46,14 +46,14 @@ def streamed_stage_one(
         base: the full model; its weights may lie in files (:func:`~scaleot_ray.families.mapped.map_base_model`).
         batches: public text that harmonizers are fitted on.
         held_out: other public text, on which the damage is measured.
-        settings: rank, activation, ridge; ``steps`` and ``generated_tokens`` do not count.
+        settings: rank, activation, ridge; those of steps and generated text do not count.
         device: where layers are computed, in float32.
         checkpoint: file of the state between two layers; renewed at most every minute, and behind the last layer. To be
             removed when the result is kept.
         on_progress: hears of ``layer damage``, layer by layer.
 
     Returns:
-        A stage-1 result of no steps and without moments.
+        A stage-1 state before its first step, without moments.
 
     Raises:
         ConfigError: the model has fewer than three layers.
@@ -95,8 +95,7 @@ class _Pass:
             position.passed(index + 1, self._state, {"fit": self.fit}, due=index + 1 == len(self.layers))
         scores = LayerScores(self.positions, self.settings.group_size)
         scores.start_from(self._damage())
-        settings = self.settings.model_copy(update={"steps": 0, "generated_tokens": 0})
-        return StageOne(settings, scores.by_position(), self.harmonizers, self.fit)
+        return StageOne(self.settings, scores.by_position(), self.harmonizers, self.fit)
 
     def _step(self, index: int) -> None:
         """Takes all streams through a layer, one after the other: of none there are two at once."""

@@ -20,7 +20,7 @@ from scaleot_ray.config import RunSettings
 from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.progress import OnProgress, Progress
-from scaleot_ray.resources.nodes import Node, living_nodes
+from scaleot_ray.resources.nodes import Node, living_nodes, what_nodes_have
 
 SAY_SECONDS = 10.0
 """A wait for room longer than this is told of."""
@@ -117,7 +117,7 @@ class Placement:
         if now - max(self._busy, first.asked) > self._timeout:
             problem = ResourcesMissing(
                 f"{first.work.role} found no place on the cluster within {self._timeout:g} seconds: it asks for "
-                f"{described(first.work)} on one node; {_there(living_nodes())}.",
+                f"{described(first.work)} on one node; {what_nodes_have(living_nodes())}.",
                 "Run the same command again when others have ended (`ray status` shows what is taken), raise "
                 "placement.timeout, or ask for less (owner_cpus, tenants.N.cpus, tenants.N.gpus, tenants.N.memory_gb). "
                 "What is finished is reused.",
@@ -167,7 +167,7 @@ def check_places(works: Sequence[Work], emulator: int, nodes: Sequence[Node]) ->
         if not any(_has_room(node, work) for node in able):
             raise ResourcesMissing(
                 f"{work.role} asks for {described(work)} on one node, and no node"
-                f"{' with its labels' if work.labels else ''} has that; {_there(able)}.",
+                f"{' with its labels' if work.labels else ''} has that; {what_nodes_have(able)}.",
                 "Ask for less (owner_cpus, owner_gpus, tenants.N.cpus, tenants.N.gpus, tenants.N.memory_gb), add a "
                 "larger node, or with an autoscaler set placement.autoscaling.",
             )
@@ -211,15 +211,6 @@ def _has_room(node: Node, work: Work) -> bool:
     """Whether a part would fit on a node, were it alone there."""
     there = work.cpus <= node.cpus and work.gpus <= node.gpus and work.memory <= node.memory
     return there and node.has_labels(work.labels)
-
-
-def _there(nodes: Sequence[Node]) -> str:
-    each = [
-        f"{node.address} has {node.cpus:g} processors ({node.free_cpus:g} free), {node.gpus:g} GPUs "
-        f"({node.free_gpus:g} free), {node.memory / _GB:.1f} GB ({node.free_memory / _GB:.1f} free)"
-        for node in nodes
-    ]
-    return "; ".join(each) or "the cluster has no node"
 
 
 def _labels(nodes: Sequence[Node]) -> str:
