@@ -32,6 +32,7 @@ SECTIONS: dict[str, list[tuple[str, type[Settings]]]] = {
         ("`rounds`", config.RoundSettings),
         ("`aggregation`", config.AggregationSettings),
         ("`placement`", config.PlacementSettings),
+        ("`parallel`", config.ParallelSettings),
     ],
     "Single commands": [
         ("`scaleot build`, `jobs/build_emulator.py`", commands.BuildSettings),
