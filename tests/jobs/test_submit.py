@@ -16,6 +16,7 @@ import yaml
 
 from scaleot_ray.artifacts.audit import AuditLog
 from scaleot_ray.artifacts.storage import read_artifact
+from scaleot_ray.emulator.stage_one import steps_done
 from scaleot_ray.errors import ConfigError
 from scaleot_ray.federation.folder import RunFolder
 from scaleot_ray.federation.rounds.status import run_status
@@ -153,6 +154,29 @@ def test_a_stopped_job_goes_on_when_submitted_again(cluster: Cluster, shared: Pa
     first = next(line for line in again.splitlines() if line.startswith("tune data owner: "))
     assert int(first.split()[3].split("/")[0]) > 5, again
     assert read_artifact(output / "delta", expected_kind="delta")
+
+
+def test_a_build_by_workers_goes_on_when_submitted_again(cluster: Cluster, shared: Path) -> None:
+    output = shared / "by-workers"
+    settings = [f"output={output}", "parallel.workers=2", "stage_one.steps=300", "stage_one.checkpoint_every=5"]
+    more = [argument for setting in settings for argument in ("--set", setting)]
+    job = ("job", "submit", "--working-dir", "jobs", "--submission-id", "workers", "--entrypoint-num-cpus", "1")
+    cluster.ray(*job, "--no-wait", "--", "python", "build_emulator.py", shared / "build_emulator.yaml", *more)
+    deadline = time.monotonic() + 240
+    while not any(steps_done(file) for file in shared.glob("by-workers-cache/*/stage_one.safetensors")):
+        assert time.monotonic() < deadline, cluster.ray("job", "logs", "workers").stdout
+        time.sleep(0.2)
+    assert len(cluster.processes("^ray::Worker")) == 2
+    assert cluster.ray("job", "stop", "workers").returncode == 0
+    assert "was interrupted" in cluster.ray("job", "logs", "workers").stdout
+    assert not cluster.processes("^ray::Worker")
+    assert not output.exists()
+    again = submit(cluster, shared, "build_emulator", *more)
+    steps = [int(found.group(1)) for found in re.finditer(r"^stage 1: (\d+)/300", again, flags=re.M)]
+    assert steps[0] > 5, again
+    assert "calibrate" not in again
+    assert read_artifact(output, expected_kind="emulator")
+    assert not cluster.processes("^ray::Worker")
 
 
 FOUR = ("alice", "bob", "carol", "dave")
