@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -74,3 +75,22 @@ class Ranks:
 
 ALONE = Ranks()
 """One process that does everything itself."""
+
+
+def join_group(rank: int, size: int, address: str, device: torch.device, timeout: float) -> Ranks:
+    """Makes this process one of a group that works together.
+
+    Args:
+        rank, size: its number, and how many there are.
+        address: ``HOST:PORT`` where the first one listens.
+        device: what it computes on.
+        timeout: seconds to wait for the others, now and in every exchange.
+    """
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    return Ranks(rank, size, str(device))

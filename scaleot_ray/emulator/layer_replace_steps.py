@@ -67,7 +67,7 @@ Keep = Callable[[StageOne, dict[str, torch.Tensor]], None]
 
 
 class OneProcess:
-    """The whole model in this process: PyTorch as it is."""
+    """All of the model in this process: PyTorch as it is."""
 
     spread = False
 
@@ -78,7 +78,14 @@ class OneProcess:
         """Backward pass and update."""
         self._adam.zero_grad(set_to_none=True)
         (loss * self._adam.gradient_scale).backward()
+        used = [
+            parameter for index in sorted(self._adam.replaced) for parameter in self._harmonizers[index].parameters()
+        ]
+        self.average([parameter.grad for parameter in used if parameter.grad is not None])
         self._adam.step()
+
+    def average(self, gradients: list[torch.Tensor]) -> None:
+        """Makes gradients the mean over processes; there is only this one."""
 
     def harmonizers(self) -> dict[int, dict[str, torch.Tensor]]:
         """Copies on the CPU."""
@@ -158,14 +165,15 @@ class Steps:
 def harmonizer_modules(
     model: nn.Module, family: Family, settings: StageOneSettings, layers: Sequence[int] | Mapping[int, Any]
 ) -> dict[int, Harmonizer]:
-    """New harmonizers with random values of the settings' seed, in float32, where the model is."""
-    device = next(model.parameters()).device
+    """New harmonizers with random values of the settings' seed, in at least float32, where the model is."""
+    parameter = next(model.parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return {
             index: Harmonizer(
                 hidden_size(model.config), settings.harmonizer_rank, settings.activation, family.returns_tuple
-            ).to(device, torch.float32)
+            ).to(parameter.device, dtype)
             for index in layers
         }
 

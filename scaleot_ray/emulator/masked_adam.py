@@ -28,6 +28,7 @@ class MaskedAdamW(torch.optim.AdamW):
         gradient_scale: what losses are multiplied with before their backward pass; gradients are divided by it.
 
     Attributes:
+        replaced: layers that the next step updates.
         updates: of each layer's harmonizer so far.
         gradient_scale: as given.
     """
@@ -41,13 +42,13 @@ class MaskedAdamW(torch.optim.AdamW):
     ) -> None:
         groups = [{"params": list(module.parameters()), "layer": index} for index, module in harmonizers.items()]
         super().__init__(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-        self._replaced: Collection[int] = ()
+        self.replaced: Collection[int] = ()
         self.updates = dict.fromkeys(harmonizers, 0)
         self.gradient_scale = gradient_scale
 
     def prepare(self, replaced: Collection[int], learning_rate: float) -> None:
         """Says which layers' harmonizers the next step updates, and how fast."""
-        self._replaced = replaced
+        self.replaced = replaced
         for layer in replaced:
             self.updates[layer] += 1
         for group in self.param_groups:
@@ -65,12 +66,12 @@ class MaskedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._begin(parameter)
-                if group["layer"] not in self._replaced:
+                if group["layer"] not in self.replaced:
                     parameter.grad = None
                 elif parameter.grad is not None:
                     parameter.grad.div_(self.gradient_scale)
                 # Counted here, since a parameter may be in several pieces, in this process and in others.
-                self.state[parameter]["step"].fill_(self.updates[group["layer"]] - (group["layer"] in self._replaced))
+                self.state[parameter]["step"].fill_(self.updates[group["layer"]] - (group["layer"] in self.replaced))
         return super().step(closure)
 
     def _begin(self, parameter: torch.Tensor) -> None:

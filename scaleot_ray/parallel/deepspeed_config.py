@@ -17,6 +17,9 @@ _OURS = {
     "scheduler": "stage 1 has its own, a warm-up and half a cosine",
     "gradient_clipping": "stage 1 does not clip gradients, in one process or in many",
 }
+_BUCKET = 1 << 24
+"""Numbers exchanged at once. By default DeepSpeed allocates buckets of 5e8, more than all harmonizers together have."""
+
 _ONE_AHEAD = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
 
 
@@ -60,10 +63,15 @@ def deepspeed_config(parallel: ParallelSettings, stage_one: StageOneSettings, mo
     _check_agrees("zero_optimization.stage", zero.get("stage", parallel.zero), parallel.zero, "parallel.zero", parallel)
     for key in _ONE_AHEAD:
         _check_agrees(f"zero_optimization.{key}", zero.get(key, 0), 0, "stage 1, whose layers change", parallel)
-    config["zero_optimization"] = zero | {"stage": parallel.zero} | dict.fromkeys(_ONE_AHEAD, 0)
-    # Our optimizer is torch's AdamW with a mask; DeepSpeed knows it under no name.
-    return {"steps_per_print": 1 << 40, **config, "zero_allow_untested_optimizer": True} | {
-        "zero_force_ds_cpu_optimizer": False
+    buckets = {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET}
+    config["zero_optimization"] = buckets | zero | {"stage": parallel.zero} | dict.fromkeys(_ONE_AHEAD, 0)
+    return {
+        "steps_per_print": 1 << 40,
+        **config,
+        "gradient_clipping": 0.0,  # where nothing is said DeepSpeed clips at 1
+        # Our optimizer is torch's AdamW with a mask; DeepSpeed knows it under no name.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 

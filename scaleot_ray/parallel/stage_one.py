@@ -11,8 +11,9 @@ from scaleot_ray.config import DataSettings, ModelSettings, ParallelSettings, St
 from scaleot_ray.emulator.layer_replace_steps import Keep, Steps
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.families.loading import load_base_model
+from scaleot_ray.parallel.data_parallel import averaging
 from scaleot_ray.parallel.deepspeed_config import deepspeed_config
-from scaleot_ray.parallel.zero import spread_over_group, under_zero
+from scaleot_ray.parallel.zero import spread_over_group, under_zero, use_group
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.ranks import Ranks
 from scaleot_ray.stages.public_text import mixed_with, read_public_text
@@ -63,6 +64,9 @@ def take_part(
     """
     settings, parallel = assignment.stage_one, assignment.parallel
     config = deepspeed_config(parallel, settings, assignment.model)
+    if parallel.zero:
+        use_group()
+    training = under_zero(config) if parallel.zero else averaging(ranks, device)
     # On the CPU the weights of a directory stay in their files until they are asked for.
     base = load_base_model(assignment.model.model_copy(update={"device": "cpu"}))
     base.model.requires_grad_(False).eval()
@@ -71,8 +75,6 @@ def take_part(
         text = mixed_with(text, assignment.generated, base, settings)
     if parallel.zero == 3:
         spread_over_group(base.model, config, device)
-    else:
-        base.model.to(device)
     recompute = parallel.gradient_checkpointing
-    steps = Steps(base.model, base.family, text.batches, text.held_out, ranks, under_zero(config), recompute)
+    steps = Steps(base.model, base.family, text.batches, text.held_out, ranks, training, recompute)
     steps.run(assignment.state, assignment.extra, keep, on_progress)

@@ -13,8 +13,8 @@ import transformers
 
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.parallel.stage_one import Assignment, take_part
-from scaleot_ray.parallel.zero import join_group
 from scaleot_ray.progress import Progress
+from scaleot_ray.ranks import join_group
 
 
 @dataclass(frozen=True)

@@ -15,51 +15,34 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from scaleot_ray.emulator.harmonizer import Harmonizer, SwitchableLayer
 from scaleot_ray.emulator.layer_replace_steps import MakeTraining
 from scaleot_ray.emulator.masked_adam import MOMENTS, MaskedAdamW
 from scaleot_ray.errors import ConfigError
-from scaleot_ray.ranks import Ranks
 
 _STEP = "step"
 
 
-def join_group(rank: int, size: int, address: str, device: torch.device, timeout: float) -> Ranks:
-    """Makes this process one of a group that works together.
-
-    Args:
-        rank, size: its number, and how many there are.
-        address: ``HOST:PORT`` where the first one listens.
-        device: what it computes on.
-        timeout: seconds to wait for the others, now and in every exchange.
+def use_group() -> None:
+    """DeepSpeed in the group that this process has joined.
 
     Raises:
-        ConfigError: DeepSpeed is not installed.
+        ConfigError: it is not installed.
     """
-    # It would look for GPUs that this process was not given, and read ranks from variables of other launchers.
-    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
-    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": "0"}
+    # It would look for GPUs that this process was not given.
+    os.environ["DS_ACCELERATOR"] = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    os.environ["LOCAL_RANK"] = "0"  # of the GPUs that this process sees there is one
     deepspeed = _deepspeed()
     # At every exchange, torch advises DeepSpeed's authors of new names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # An operation for inference that would be compiled for a minute when it starts, and hang where a process dies.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout),
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=size,
-    )
-    return Ranks(rank, size, str(device))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def under_zero(config: dict[str, Any]) -> MakeTraining:
@@ -100,8 +83,7 @@ class ZeroTraining:
     ) -> None:
         deepspeed = _deepspeed()
         self._model, self._harmonizers, self._adam = model, harmonizers, adam
-        self._stage = int(config["zero_optimization"]["stage"])
-        self.spread = self._stage == 3
+        self.spread = config["zero_optimization"]["stage"] == 3
         self._engine = deepspeed.initialize(model=model, optimizer=adam, config=config, dist_init_required=False)[0]
         # DeepSpeed takes moments for known that are there after the first update of a first group.
         adam.begin_moments()
@@ -129,11 +111,7 @@ class ZeroTraining:
                 prefix = f"{index}.{name}."
                 found[prefix + _STEP] = torch.tensor(float(self._adam.updates[index]))
                 for key in MOMENTS:
-                    value = (
-                        safe_get_full_optimizer_state(parameter, key)
-                        if self._stage
-                        else self._adam.state[parameter][key]
-                    )
+                    value = safe_get_full_optimizer_state(parameter, key)
                     found[prefix + key] = value.detach().cpu().reshape(self._shape(parameter)).clone()
         return found
 
@@ -149,11 +127,7 @@ class ZeroTraining:
                 prefix = f"{index}.{name}."
                 self._adam.updates[index] = int(moments[prefix + _STEP])
                 for key in MOMENTS:
-                    value = moments[prefix + key].to(self._engine.device)
-                    if self._stage:
-                        safe_set_full_optimizer_state(parameter, value, key)
-                    else:
-                        self._adam.state[parameter][key].copy_(value)
+                    safe_set_full_optimizer_state(parameter, moments[prefix + key].to(self._engine.device), key)
 
     def _update_nothing(self) -> None:
         """A step without layers: until its first one DeepSpeed has no moments that could be set."""

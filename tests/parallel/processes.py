@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from scaleot_ray.parallel.zero import join_group
+from scaleot_ray.parallel.zero import use_group
+from scaleot_ray.ranks import join_group
 
 SECONDS = 60.0
 
@@ -28,4 +29,5 @@ def _member(rank: int, size: int, port: int, function: Any, folder: Path, argume
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     ranks = join_group(rank, size, f"127.0.0.1:{port}", torch.device("cpu"), SECONDS)
+    use_group()
     function(ranks, folder, *arguments)

@@ -33,6 +33,7 @@ def test_without_a_file_the_settings_say_it_all(zero: int) -> None:
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (4, 2)
     assert config["zero_optimization"]["stage"] == zero
     assert config["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
+    assert config["gradient_clipping"] == 0
     assert not {"fp16", "bf16"} & config.keys()  # the model has its type, harmonizers are float32
 
 

@@ -7,12 +7,14 @@ import math
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import distributed
+from transformers import AutoModelForCausalLM
 
 from scaleot_ray.config import ModelSettings, ParallelSettings, StageOneSettings
 from scaleot_ray.emulator.harmonizer import SwitchableLayer
@@ -21,12 +23,15 @@ from scaleot_ray.emulator.layer_replace_steps import Steps
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.families import family_of
+from scaleot_ray.families.loading import load_base_model
+from scaleot_ray.parallel.data_parallel import averaging
 from scaleot_ray.parallel.deepspeed_config import deepspeed_config
 from scaleot_ray.parallel.zero import spread_over_group, under_zero
 from tests.emulator.token_stream import RandomTokens
 from tests.parallel.processes import in_group
 from tests.tiny_models import TINY, tiny_model
 
+SMOLLM2 = Path(__file__).parents[2] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STREAM = RandomTokens()
 STAGES = (0, 1, 2, 3)
 SETTINGS = StageOneSettings(
@@ -48,7 +53,11 @@ CASES = {
 
 
 def _model(name):
-    return tiny_model(name).double().eval().requires_grad_(False)
+    if Path(name).is_dir():
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+    else:
+        model = tiny_model(name).double()
+    return model.eval().requires_grad_(False)
 
 
 def _started(name, options) -> StageOne:
@@ -69,24 +78,33 @@ def _stepped(name, state, ranks=None, stage=0, extra=None, keep=None, stream=Non
         config = deepspeed_config(parallel, settings, ModelSettings(path="tiny", dtype="float64"))
         if stage == 3:
             spread_over_group(model, config, torch.device("cpu"))
-        more = {"ranks": ranks, "training": under_zero(config)}
+        training = under_zero(config) if stage else averaging(ranks, torch.device("cpu"))
+        more = {"ranks": ranks, "training": training}
     stream = stream or RandomTokens(settings.batch_size)
     steps = Steps(model, family_of(model.config), stream, _held_out(settings), **more)
     return steps.run(state, extra or {}, keep)
 
 
-def _every_case(ranks, folder):
-    for case, (name, stage, options) in CASES.items():
+def _every_case(ranks, folder, cases):
+    for case, (name, stage, _) in cases.items():
         torch.manual_seed(ranks.rank)  # what is drawn outside of the common generator differs
-        found = _stepped(name, _started(name, options), ranks, stage)
+        start, _ = StageOne.load(folder / f"{case}.start", with_moments=False)
+        found = _stepped(name, start, ranks, stage)
         if ranks.first:
             found.save(folder / f"{case}.safetensors", with_moments=False)
+
+
+def _by_two(folder, cases):
+    """Every case by two processes, from the start that one process goes on from too."""
+    for case, (name, _, options) in cases.items():
+        _alone(name, **options)[0].save(folder / f"{case}.start", with_moments=False)
+    in_group(2, _every_case, folder, cases)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    in_group(2, _every_case, folder)
+    _by_two(folder, CASES)
     return folder
 
 
@@ -100,8 +118,26 @@ def _alone(name, **options):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_what_one_gives(shared, case):
     name, _, options = CASES[case]
-    start, alone = _alone(name, **options)
-    found, _ = StageOne.load(shared / f"{case}.safetensors", with_moments=False)
+    _check_same(*_alone(name, **options), shared / f"{case}.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="`make demo` obtains SmolLM2")
+def test_also_on_the_first_layers_of_a_real_model(tmp_path):
+    base = load_base_model(ModelSettings(path=str(SMOLLM2), device="cpu"))
+    del base.family.layers(base.model)[6:]
+    base.model.config.num_hidden_layers = 6
+    base.model.config.layer_types = None
+    place = str(tmp_path / "slice")
+    base.model.save_pretrained(place)
+    cases = {f"zero{stage}": (place, stage, {"harmonizer_rank": 32}) for stage in STAGES}
+    _by_two(tmp_path, cases)
+    for case in cases:
+        _check_same(*_alone(place, harmonizer_rank=32), tmp_path / f"{case}.safetensors")
+
+
+def _check_same(start, alone, file):
+    found, _ = StageOne.load(file, with_moments=False)
     for index, values in alone.harmonizers.items():
         apart = {part: (found.harmonizers[index][part] - value).norm() for part, value in values.items()}
         assert _norm(apart.values()) <= 1e-5 * _norm(value.norm() for value in values.values()), index
