@@ -133,7 +133,7 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
             from scaleot_ray.parallel.build import steps_by_group
 
             take_steps = steps_by_group(
-                settings.parallel, settings.model, settings.public, settings.stage_one, out.debug
+                settings.parallel, settings.model, settings.public, settings.stage_one, out.debug, out.listen
             )
         audit = audit_beside(output)
         result = build(

@@ -42,11 +42,13 @@ class Output:
     Attributes:
         json: whether the result is a JSON object instead of tables.
         debug: whether libraries may chat and errors show their stack trace.
+        listen: to be called after a library has put signal handlers of its own in place.
     """
 
     def __init__(self) -> None:
         self.json = False
         self.debug = False
+        self.listen: Callable[[], None] = lambda: None
         self._stdout: IO[str] | None = None
 
     def claim(self) -> None:
@@ -124,7 +126,7 @@ def working(context: typer.Context, again: str) -> Iterator[Output]:
     """
     output: Output = context.obj
     output.claim()
-    with interruptible(again, str(context.info_name)):
+    with interruptible(again, str(context.info_name)) as output.listen:
         yield output
 
 

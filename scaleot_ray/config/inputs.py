@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -25,6 +26,11 @@ class ModelSettings(Settings):
     licence: str | None = Field(
         None, description="licence notice for the artefact's card; default: what the model says"
     )
+
+    def absolute(self) -> ModelSettings:
+        """The same for a process with another working folder: existing paths in full."""
+        tokenizer = absolute(self.tokenizer) if self.tokenizer is not None else None
+        return self.model_copy(update={"path": absolute(self.path), "tokenizer": tokenizer})
 
 
 class DataSettings(Settings):
@@ -59,3 +65,13 @@ class DataSettings(Settings):
         None, description="for choice: the same answers for every row, in the order of the labels"
     )
     max_examples: int | None = Field(None, ge=1, description="use at most so many rows")
+
+    def absolute(self) -> DataSettings:
+        """The same for a process with another working folder: an existing path in full."""
+        return self.model_copy(update={"path": absolute(self.path)})
+
+
+def absolute(path: str) -> str:
+    """A path in full where it leads to something; the rest are ids of models on a hub."""
+    full = Path(path).expanduser()
+    return str(full.absolute()) if full.exists() else path

@@ -13,12 +13,13 @@ class ParallelSettings(Settings):
     """A group of workers on Ray that makes the steps of stage 1 under DeepSpeed; without it one process does."""
 
     workers: int = Field(
-        ge=1, description="processes; each takes its share of every batch, so stage_one.batch_size is a multiple of it"
+        ge=1,
+        description="processes; each takes its share of every batch: stage_one.batch_size has to be a multiple",
     )
     zero: Literal[0, 1, 2, 3] = Field(
         3,
         description="ZeRO stage: 3 spreads the model's layers over the workers; below that each worker holds the whole "
-        "model, and 1 and 2 spread the harmonizers' optimizer alone",
+        "model; 1 and 2 spread the harmonizers' optimizer alone, 0 spreads nothing and does without DeepSpeed",
     )
     cpus: int = Field(1, ge=1, description="processors of each worker")
     gpus: Literal[0, 1] = Field(0, description="GPUs of each worker; with 0 it computes on processors")

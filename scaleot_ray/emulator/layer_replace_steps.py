@@ -24,7 +24,7 @@ from scaleot_ray.data.examples import IGNORED
 from scaleot_ray.emulator.distillation import distillation_loss
 from scaleot_ray.emulator.harmonizer import Harmonizer, Switchboard, switchable
 from scaleot_ray.emulator.importance import LayerScores
-from scaleot_ray.emulator.masked_adam import MaskedAdamW
+from scaleot_ray.emulator.masked_adam import MOMENTS, STEP, MaskedAdamW
 from scaleot_ray.emulator.stage_one import StageOne
 from scaleot_ray.errors import RunFailed
 from scaleot_ray.families import Family, hidden_size
@@ -215,9 +215,19 @@ class _Run:
         self.adam = MaskedAdamW(harmonizers, settings.learning_rate, settings.weight_decay, scale)
         self.training = steps.training(steps.model, harmonizers, self.adam)
         self.device = next(steps.model.parameters()).device
-        self.training.restore(
-            {name[len(_OPTIMIZER) :]: value for name, value in extra.items() if name.startswith(_OPTIMIZER)}
-        )
+        moments = {name[len(_OPTIMIZER) :]: value for name, value in extra.items() if name.startswith(_OPTIMIZER)}
+        known = {
+            f"{index}.{name}.{key}"
+            for index, module in harmonizers.items()
+            for name, _ in module.named_parameters()
+            for key in (STEP, *MOMENTS)
+        }
+        if moments and moments.keys() != known:
+            raise RunFailed(
+                "stage 1: what was kept of its optimizer is of another version.",
+                "Delete the cache folder, or give another one; stage 1 then starts afresh.",
+            )
+        self.training.restore(moments)
 
     def run(self, keep: Keep | None, on_progress: OnProgress | None) -> StageOne:
         settings, pace = self.settings, CheckpointPace(self.settings.checkpoint_every)

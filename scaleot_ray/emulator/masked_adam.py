@@ -9,6 +9,7 @@ import torch
 
 from scaleot_ray.emulator.harmonizer import Harmonizer
 
+STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's names of its two moments."""
 
@@ -63,19 +64,25 @@ class MaskedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates what :meth:`prepare` named."""
+        aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._begin(parameter)
                 if group["layer"] not in self.replaced:
+                    aside.append((parameter, parameter.grad))
                     parameter.grad = None
                 elif parameter.grad is not None:
                     parameter.grad.div_(self.gradient_scale)
                 # Counted here, since a parameter may be in several pieces, in this process and in others.
-                self.state[parameter]["step"].fill_(self.updates[group["layer"]] - (group["layer"] in self.replaced))
-        return super().step(closure)
+                self.state[parameter][STEP].fill_(self.updates[group["layer"]] - (group["layer"] in self.replaced))
+        found = super().step(closure)
+        # Whoever offloads gradients has one place for each and goes on to use it.
+        for parameter, gradient in aside:
+            parameter.grad = gradient
+        return found
 
     def _begin(self, parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state[STEP] = torch.zeros((), dtype=torch.float32)
             state.update({name: torch.zeros_like(parameter) for name in MOMENTS})

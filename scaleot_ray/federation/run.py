@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from scaleot_ray.config import DataSettings, RunSettings
+from scaleot_ray.config import RunSettings
 from scaleot_ray.federation.driver.actors import Actors
 from scaleot_ray.federation.driver.phases import Phases
 from scaleot_ray.federation.driver.report import RunReport
@@ -83,32 +83,23 @@ def run_local(
 def with_absolute_paths(settings: RunSettings) -> RunSettings:
     """The same settings for a process with another working folder: existing paths in full."""
 
-    def data(section: DataSettings) -> DataSettings:
-        return section.model_copy(update={"path": _absolute(section.path)})
-
-    model = settings.model.model_copy(
-        update={
-            "path": _absolute(settings.model.path),
-            "tokenizer": settings.model.tokenizer and _absolute(settings.model.tokenizer),
-        }
-    )
     tenants = tuple(
         tenant.model_copy(
             update={
-                "train": data(tenant.train),
-                "test": data(tenant.test),
-                "validation": tenant.validation and data(tenant.validation),
+                "train": tenant.train.absolute(),
+                "test": tenant.test.absolute(),
+                "validation": tenant.validation and tenant.validation.absolute(),
             }
         )
         for tenant in settings.tenants
     )
     output = str(Path(settings.output).expanduser().absolute())
-    update = {"model": model, "public": data(settings.public), "tenants": tenants, "output": output}
+    update = {
+        "model": settings.model.absolute(),
+        "public": settings.public.absolute(),
+        "tenants": tenants,
+        "output": output,
+    }
     if settings.artifacts is not None and not is_uri(settings.artifacts):
         update["artifacts"] = str(Path(settings.artifacts).absolute())
     return settings.model_copy(update=update)
-
-
-def _absolute(path: str) -> str:
-    full = Path(path).expanduser()
-    return str(full.absolute()) if full.exists() else path  # the rest are ids of models on a hub

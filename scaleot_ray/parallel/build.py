@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from scaleot_ray.config import DataSettings, ModelSettings, ParallelSettings, StageOneSettings
@@ -11,11 +13,10 @@ from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.parallel.deepspeed_config import deepspeed_config
 from scaleot_ray.parallel.group import take_steps
 from scaleot_ray.parallel.stage_one import Assignment
-from scaleot_ray.parallel.zero import check_installed
 from scaleot_ray.processors import usable_cores
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.resources.session import local_ray, ray_is_given
-from scaleot_ray.stages.build import TakeSteps
+from scaleot_ray.stages.build import Begun, TakeSteps
 
 _STORE_ROOM = 256 << 20
 _STATES = 4
@@ -23,7 +24,12 @@ _STATES = 4
 
 
 def steps_by_group(
-    parallel: ParallelSettings, model: ModelSettings, public: DataSettings, stage_one: StageOneSettings, debug: bool
+    parallel: ParallelSettings,
+    model: ModelSettings,
+    public: DataSettings,
+    stage_one: StageOneSettings,
+    debug: bool = False,
+    listen: Callable[[], None] | None = None,
 ) -> TakeSteps:
     """What :func:`~scaleot_ray.stages.build.build` takes for its steps, after a look at what could not work.
 
@@ -32,29 +38,26 @@ def steps_by_group(
         model, public: where every worker finds them.
         stage_one: settings of stage 1.
         debug: print what workers print.
+        listen: called when Ray is there, which puts signal handlers of its own in place.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or its configuration does not agree with the settings.
+        ConfigError: DeepSpeed is needed and not installed, or its configuration does not agree with the settings.
         ResourcesMissing: this machine, where it is to be the whole cluster, has too few processors or GPUs.
     """
-    check_installed()
-    deepspeed_config(parallel, stage_one, model)
-    given = ray_is_given()
-    if not given:
+    config = deepspeed_config(parallel, stage_one, model)
+    if not ray_is_given():
         _check_machine(parallel)
 
-    def take(
-        state: StageOne,
-        extra: dict[str, torch.Tensor],
-        generated: list[list[int]] | None,
-        keep: Keep,
-        on_progress: OnProgress | None,
-    ) -> StageOne:
-        assignment = Assignment(model, public, state.settings, parallel, generated, state, extra)
-        harmonizers = sum(value.nbytes for values in state.harmonizers.values() for value in values.values())
+    def take(begun: Begun, keep: Keep, on_progress: OnProgress | None) -> StageOne:
+        settings = begun.state.settings
+        # A worker's working folder is not ours.
+        assignment = Assignment(model.absolute(), public.absolute(), settings, parallel, config, begun)
+        harmonizers = sum(value.nbytes for values in begun.state.harmonizers.values() for value in values.values())
         store = _STORE_ROOM + _STATES * 3 * harmonizers
         workers = parallel.workers
         with local_ray(workers * parallel.cpus, workers * parallel.gpus, store, debug) as session:
+            if listen is not None:
+                listen()
             return take_steps(assignment, session, keep, on_progress)
 
     return take

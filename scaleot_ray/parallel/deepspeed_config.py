@@ -8,6 +8,7 @@ from typing import Any
 
 from scaleot_ray.config import ModelSettings, ParallelSettings, StageOneSettings
 from scaleot_ray.errors import ConfigError
+from scaleot_ray.parallel.zero import check_zero_section
 
 KEY = "parallel.deepspeed"
 _AUTO = "auto"  # what transformers' users write where a value follows from elsewhere
@@ -16,6 +17,10 @@ _OURS = {
     "stage_one.weight_decay)",
     "scheduler": "stage 1 has its own, a warm-up and half a cosine",
     "gradient_clipping": "stage 1 does not clip gradients, in one process or in many",
+    **dict.fromkeys(
+        ("amp", "torch_autocast", "data_types", "communication_data_type"),
+        "the model has the type of model.dtype, and harmonizers are float32",
+    ),
 }
 _BUCKET = 1 << 24
 """Numbers exchanged at once. By default DeepSpeed allocates buckets of 5e8, more than all harmonizers together have."""
@@ -34,13 +39,20 @@ def deepspeed_config(parallel: ParallelSettings, stage_one: StageOneSettings, mo
     would stay for nothing. So both are off, and exactly the layers that run are gathered, when they do.
 
     Raises:
-        ConfigError: the file cannot be read, or does not agree with the settings; names key and remedy.
+        ConfigError: the file cannot be read, has a key in ``zero_optimization`` that DeepSpeed does not know, or does
+            not agree with the settings; names key and remedy.
     """
     if stage_one.batch_size % parallel.workers:
         raise ConfigError(
             f"stage_one.batch_size: {stage_one.batch_size} sequences cannot be shared evenly by {parallel.workers} "
             "workers (parallel.workers).",
             f"Set stage_one.batch_size to a multiple of {parallel.workers}, or parallel.workers to a divisor of it.",
+        )
+    if parallel.deepspeed is not None and not parallel.zero:
+        raise ConfigError(
+            f"{KEY}: {parallel.deepspeed} would have no effect, since with parallel.zero 0 the workers do without "
+            "DeepSpeed.",
+            "Set parallel.zero to 1, 2 or 3, or leave parallel.deepspeed out.",
         )
     given = _read(Path(parallel.deepspeed)) if parallel.deepspeed is not None else {}
     for key, why in _OURS.items():
@@ -63,8 +75,17 @@ def deepspeed_config(parallel: ParallelSettings, stage_one: StageOneSettings, mo
     _check_agrees("zero_optimization.stage", zero.get("stage", parallel.zero), parallel.zero, "parallel.zero", parallel)
     for key in _ONE_AHEAD:
         _check_agrees(f"zero_optimization.{key}", zero.get(key, 0), 0, "stage 1, whose layers change", parallel)
+    offload = _section(zero, "offload_param", parallel)
+    if offload.get("device") == "nvme" and model.dtype != "float32":
+        raise ConfigError(
+            f"{KEY}: offload_param.device is nvme in {parallel.deepspeed}, where DeepSpeed has one type for all "
+            f"weights: float32, as harmonizers have it, but model.dtype is {model.dtype}.",
+            "Offload to memory (device: cpu), or set model.dtype to float32.",
+        )
     buckets = {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET}
     config["zero_optimization"] = buckets | zero | {"stage": parallel.zero} | dict.fromkeys(_ONE_AHEAD, 0)
+    if parallel.zero:
+        check_zero_section(config["zero_optimization"], f"{KEY}: zero_optimization in {parallel.deepspeed}")
     return {
         "steps_per_print": 1 << 40,
         **config,

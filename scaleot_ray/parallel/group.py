@@ -9,6 +9,7 @@ with more workers, fewer or none, and only that process needs a disk; and the pr
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 
@@ -35,6 +36,10 @@ _LOOK_SECONDS = 0.2
 _BLAME_SECONDS = 10.0
 """One that dies breaks the others' exchanges: so long after a first failure its cause is waited for."""
 
+_LESS_MEMORY = (
+    "Set parallel.zero to 3 or parallel.gradient_checkpointing to true, offload (parallel.deepspeed), lower "
+    "stage_one.batch_size or stage_one.block_size, or use more or larger machines."
+)
 _ANSWER_SECONDS = 120.0
 _END_SECONDS = 5.0
 
@@ -65,26 +70,28 @@ def take_steps(assignment: Assignment, session: Session, keep: Keep, on_progress
     """
     parallel, failed = assignment.parallel, 0
     while True:
-        begun = assignment.state.step
+        begun = assignment.begun.state.step
 
         def kept(state: StageOne, extra: dict[str, torch.Tensor]) -> None:
             nonlocal assignment
             keep(state, extra)
-            assignment = replace(assignment, state=state, extra=extra)
+            assignment = replace(assignment, begun=replace(assignment.begun, state=state, extra=extra))
 
         try:
             with Group(parallel, session) as group:
                 group.work(assignment, kept, on_progress)
-            return assignment.state
+            return assignment.begun.state
         except _Lost as lost:
-            failed = failed + 1 if assignment.state.step == begun else 1
+            reached = assignment.begun.state.step
+            failed = failed + 1 if reached == begun else 1
             if failed >= parallel.attempts:
                 raise RunFailed(
-                    f"{lost.problem.problem}\nThe group was started {failed} times without getting any further.",
+                    f"{lost.problem.problem}\nThe group was started {failed} times without getting any further than "
+                    f"step {reached} (parallel.attempts).",
                     lost.problem.remedy,
                 ) from lost
             if on_progress is not None:
-                again = f"{lost.problem.problem.splitlines()[0]} Stage 1 goes on from step {assignment.state.step}"
+                again = f"{lost.problem.problem.splitlines()[0]} Stage 1 goes on from step {reached}"
                 on_progress(Progress(again, 1, 1))
 
 
@@ -107,8 +114,7 @@ class Group:
 
     def __enter__(self) -> Group:
         try:
-            self._place = self._find_place()
-            self._start(self._place)
+            self._start(self._find_place())
         except BaseException:
             self._end()
             raise
@@ -136,6 +142,8 @@ class Group:
                 try:
                     ray.get(answer)
                 except Exception as error:  # Ray raises many types here, the workers' own among them
+                    with suppress(Exception):  # the first one may live, and have a state that is worth keeping
+                        self._hand_on(keep, on_progress)
                     self._blame({answers[answer]: error}, {one: answers[one] for one in waiting})
             self._hand_on(keep, on_progress)
 
@@ -172,6 +180,7 @@ class Group:
             present.pid if here else None,
             self._session.logs,
             None if here else present.node,
+            _LESS_MEMORY,
         )
         return _Lost(problem) if has_died(error) or _is_broken_exchange(error) else problem
 
@@ -182,11 +191,10 @@ class Group:
             claims["GPU"] = parallel.gpus
         if parallel.memory_gb is not None:
             claims["memory"] = parallel.memory_gb * 1e9
-        place = placement_group([claims] * parallel.workers, strategy="PACK", name="scaleot stage 1")
+        self._place = place = placement_group([claims] * parallel.workers, strategy="PACK", name="scaleot stage 1")
         deadline = time.monotonic() + parallel.timeout
         while placement_group_table(place)["state"] != "CREATED":
             if time.monotonic() > deadline:
-                remove_placement_group(place)
                 each = ", ".join(f"{amount:g} {name}" for name, amount in claims.items())
                 raise ResourcesMissing(
                     f"parallel: {parallel.workers} workers with {each} each found no place within "
@@ -223,11 +231,13 @@ class Group:
                     "Look at the node's load and disk; raise parallel.timeout.",
                 ) from error
             except Exception as error:
-                raise actor_failure(error, f"worker {rank}", None, self._session.logs) from error
+                problem = actor_failure(error, f"worker {rank}", None, self._session.logs)
+                raise (_Lost(problem) if has_died(error) else problem) from error
 
     def _end(self) -> None:
         for worker in self._workers:
-            ray.kill(worker, no_restart=True)
+            with suppress(Exception):  # the others are to end in any case
+                ray.kill(worker, no_restart=True)
         # Those on this node hold memory that whoever comes next counts on.
         for present in self._present:
             if present.node == ray.util.get_node_ip_address():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from scaleot_ray.config import DataSettings, ModelSettings, ParallelSettings, StageOneSettings
+from scaleot_ray.data.dataset_key import dataset_key
 from scaleot_ray.emulator.layer_replace_steps import Keep, Steps
-from scaleot_ray.emulator.stage_one import StageOne
+from scaleot_ray.errors import RunFailed
 from scaleot_ray.families.loading import load_base_model
 from scaleot_ray.parallel.data_parallel import averaging
-from scaleot_ray.parallel.deepspeed_config import deepspeed_config
 from scaleot_ray.parallel.zero import spread_over_group, under_zero, use_group
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.ranks import Ranks
+from scaleot_ray.stages.build import Begun
+from scaleot_ray.stages.identity import sampled_fingerprint
 from scaleot_ray.stages.public_text import mixed_with, read_public_text
 
 
@@ -28,18 +30,16 @@ class Assignment:
         public: where every worker finds the public text.
         stage_one: settings of stage 1.
         parallel: of the group.
-        generated: text that the model has generated itself, as token ids; None for none.
-        state: what is gone on from, scored.
-        extra: the further tensors that were kept with it.
+        deepspeed: DeepSpeed's configuration.
+        begun: what is gone on from.
     """
 
     model: ModelSettings
     public: DataSettings
     stage_one: StageOneSettings
     parallel: ParallelSettings
-    generated: Sequence[Sequence[int]] | None
-    state: StageOne
-    extra: dict[str, torch.Tensor]
+    deepspeed: dict[str, Any]
+    begun: Begun
 
 
 def take_part(
@@ -60,21 +60,33 @@ def take_part(
 
     Raises:
         ConfigError, DataError: model or text are not where this worker runs, or not what the settings say.
-        RunFailed: see :meth:`~scaleot_ray.emulator.layer_replace_steps.Steps.run`.
+        RunFailed: model or text are not those that the build began with; or see
+            :meth:`~scaleot_ray.emulator.layer_replace_steps.Steps.run`.
     """
-    settings, parallel = assignment.stage_one, assignment.parallel
-    config = deepspeed_config(parallel, settings, assignment.model)
+    settings, parallel, config, begun = (
+        assignment.stage_one,
+        assignment.parallel,
+        assignment.deepspeed,
+        assignment.begun,
+    )
     if parallel.zero:
         use_group()
     training = under_zero(config) if parallel.zero else averaging(ranks, device)
     # On the CPU the weights of a directory stay in their files until they are asked for.
     base = load_base_model(assignment.model.model_copy(update={"device": "cpu"}))
     base.model.requires_grad_(False).eval()
-    text = read_public_text(assignment.public, base, settings)
-    if assignment.generated is not None:
-        text = mixed_with(text, assignment.generated, base, settings)
+    with dataset_key("public"):
+        text = read_public_text(assignment.public, base, settings)
+    if sampled_fingerprint(base.model, text.held_out) != begun.fingerprint:
+        raise RunFailed(
+            f"model.path, public.path: {assignment.model.path} and {assignment.public.path} are not on this node what "
+            "they are where the build began.",
+            "Give all nodes the same files, and the same version of everything installed.",
+        )
+    if begun.generated is not None:
+        text = mixed_with(text, begun.generated, base, settings)
     if parallel.zero == 3:
         spread_over_group(base.model, config, device)
     recompute = parallel.gradient_checkpointing
     steps = Steps(base.model, base.family, text.batches, text.held_out, ranks, training, recompute)
-    steps.run(assignment.state, assignment.extra, keep, on_progress)
+    steps.run(begun.state, begun.extra, keep, on_progress)

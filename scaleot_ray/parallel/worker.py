@@ -16,6 +16,9 @@ from scaleot_ray.parallel.stage_one import Assignment, take_part
 from scaleot_ray.progress import Progress
 from scaleot_ray.ranks import join_group
 
+_EXCHANGE_SECONDS = 1800.0
+"""Workers wait so long for one another: the slowest may still read the model. One that has died is noticed at once."""
+
 
 @dataclass(frozen=True)
 class Present:
@@ -73,7 +76,7 @@ class Worker:
     def work(self, assignment: Assignment, address: str) -> None:
         """Makes all steps, with the first worker listening at ``address``."""
         device = torch.device("cuda" if assignment.parallel.gpus else "cpu")
-        ranks = join_group(self._rank, self._size, address, device, assignment.parallel.timeout)
+        ranks = join_group(self._rank, self._size, address, device, _EXCHANGE_SECONDS)
         take_part(assignment, ranks, device, self._keep, self._report if ranks.first else None)
 
     def news(self) -> News:

@@ -9,7 +9,6 @@ hangs, and the layers that harmonizers stand in for are not gathered.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
@@ -18,14 +17,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import distributed, nn
 
 from scaleot_ray.emulator.harmonizer import Harmonizer, SwitchableLayer
 from scaleot_ray.emulator.layer_replace_steps import MakeTraining
-from scaleot_ray.emulator.masked_adam import MOMENTS, MaskedAdamW
+from scaleot_ray.emulator.masked_adam import MOMENTS, STEP, MaskedAdamW
 from scaleot_ray.errors import ConfigError
-
-_STEP = "step"
 
 
 def use_group() -> None:
@@ -109,7 +107,7 @@ class ZeroTraining:
         for index, module in self._harmonizers.items():
             for name, parameter in module.named_parameters():
                 prefix = f"{index}.{name}."
-                found[prefix + _STEP] = torch.tensor(float(self._adam.updates[index]))
+                found[prefix + STEP] = torch.tensor(float(self._adam.updates[index]))
                 for key in MOMENTS:
                     value = safe_get_full_optimizer_state(parameter, key)
                     found[prefix + key] = value.detach().cpu().reshape(self._shape(parameter)).clone()
@@ -125,7 +123,7 @@ class ZeroTraining:
         for index, module in self._harmonizers.items():
             for name, parameter in module.named_parameters():
                 prefix = f"{index}.{name}."
-                self._adam.updates[index] = int(moments[prefix + _STEP])
+                self._adam.updates[index] = int(moments[prefix + STEP])
                 for key in MOMENTS:
                     safe_set_full_optimizer_state(parameter, moments[prefix + key].to(self._engine.device), key)
 
@@ -150,18 +148,21 @@ class ZeroTraining:
         return shape
 
 
-def check_installed() -> None:
-    """Whether DeepSpeed is there, before work begins that would end with it; raises ConfigError."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise _not_installed()
+def check_zero_section(section: dict[str, Any], name: str) -> None:
+    """Whether DeepSpeed knows all keys of a section ``zero_optimization``, and their values are in range.
 
+    Raises:
+        ConfigError: it does not, with ``name`` in front; or DeepSpeed is not installed.
+    """
+    _deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-def _not_installed(error: ImportError | None = None) -> ConfigError:
-    why = f" ({error})" if error is not None else ""
-    return ConfigError(
-        f"parallel: a group of workers trains under DeepSpeed, which is not there{why}.",
-        "Install it on every node: pip install 'scaleot_ray[deepspeed]'.",
-    )
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{name}: {where}: {first['msg']}.", f"Correct {where}, or take it out.") from error
 
 
 def _deepspeed() -> Any:
@@ -173,5 +174,8 @@ def _deepspeed() -> Any:
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     except ImportError as error:
-        raise _not_installed(error) from error
+        raise ConfigError(
+            f"parallel: a group of workers trains under DeepSpeed, which is not there ({error}).",
+            "Install it on every node: pip install 'scaleot_ray[deepspeed]'; or set parallel.zero to 0.",
+        ) from error
     return deepspeed

@@ -11,11 +11,19 @@ from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError, disk_f
 
 _LOG_LINES = 8
 _MAGIC = re.compile(r"^:(actor_name|job_id|task_name):")  # what Ray writes into logs for itself
+_LESS_MEMORY = (
+    "Lower batch_size or block_size of its section, set tune.gradient_checkpointing, or use a larger machine."
+)
 _AGAIN = "Run the same command again: finished parts are reused, the rest goes on from its checkpoints."
 
 
 def actor_failure(
-    error: BaseException, role: str, pid: int | None, logs: Path, elsewhere: str | None = None
+    error: BaseException,
+    role: str,
+    pid: int | None,
+    logs: Path,
+    elsewhere: str | None = None,
+    less_memory: str = _LESS_MEMORY,
 ) -> ScaleOTError:
     """What happened to an actor, out of the exception that waiting for it raised.
 
@@ -28,6 +36,7 @@ def actor_failure(
         pid: its process, if it is known.
         logs: folder of the workers' logs.
         elsewhere: address of its node, where that is not ours.
+        less_memory: what to do where its own memory did not suffice.
     """
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, ScaleOTError):
@@ -35,7 +44,7 @@ def actor_failure(
     if isinstance(cause, MemoryError) or (type(cause).__name__ == "OutOfMemoryError" and not _from_ray(cause)):
         return ResourcesMissing(
             f"{role} ran out of memory: {_first_line(str(cause))}",
-            "Lower batch_size or block_size of its section, set tune.gradient_checkpointing, or use a larger machine.",
+            less_memory,
         )
     if (full := disk_full(cause)) is not None:
         return ResourcesMissing(

@@ -33,17 +33,33 @@ from scaleot_ray.families import layer_count
 from scaleot_ray.families.loading import BaseModel, load_base_model, resolve_device
 from scaleot_ray.families.mapped import map_base_model
 from scaleot_ray.progress import OnProgress
-from scaleot_ray.stages.identity import data_digest, identity
+from scaleot_ray.stages.identity import data_digest, identity, sampled_fingerprint
 from scaleot_ray.stages.public_text import PublicText, generated_sequences, mixed_with, read_public_text
 from scaleot_ray.stages.record import read_record, write_record
 from scaleot_ray.stages.score import score_from_record, score_record
 from scaleot_ray.stages.streamed import check_streamable, streamed_emulator, streamed_settings, streamed_start
 
-TakeSteps = Callable[
-    [StageOne, dict[str, torch.Tensor], list[list[int]] | None, Keep, OnProgress | None],
-    StageOne,
-]
-"""Steps of stage 1: from a state, its further tensors and text that the model generated to the last state."""
+
+@dataclass(frozen=True)
+class Begun:
+    """Stage 1 so far, for whoever makes its steps.
+
+    Attributes:
+        state: scored, without moments.
+        extra: the further tensors that were kept with it.
+        generated: text that the model has generated itself, as token ids; None for none.
+        fingerprint: of the model and the held-out text, as
+            :func:`~scaleot_ray.stages.identity.sampled_fingerprint` has it.
+    """
+
+    state: StageOne
+    extra: dict[str, torch.Tensor]
+    generated: list[list[int]] | None
+    fingerprint: str
+
+
+TakeSteps = Callable[[Begun, Keep, OnProgress | None], StageOne]
+"""Makes the steps of stage 1, hands states worth keeping on, and gives the last one."""
 
 
 @dataclass
@@ -224,8 +240,10 @@ class _StageOne:
                 extra = StageOne.load(checkpoint, with_moments=False)[1]
         if state.step < settings.steps and self.take_steps is not None:
             # Its moments are large, and no step needs them.
-            bare = replace(state, moments={}, leader={})
-            trained = self.take_steps(bare, extra, sequences, self._keep, self.on_progress)
+            bare = replace(state, settings=settings, moments={}, leader={})
+            begun = Begun(bare, extra, sequences, sampled_fingerprint(base.model, text.held_out))
+            with _off_gpu(base.model):
+                trained = self.take_steps(begun, self._keep, self.on_progress)
             state = replace(trained, moments=state.moments, leader=state.leader)
         return state, reused, text
 
@@ -235,6 +253,21 @@ class _StageOne:
     def _keep(self, state: StageOne, extra: dict[str, torch.Tensor]) -> None:
         if (file := self._file()) is not None:
             state.save(file, extra, with_moments=False)
+
+
+@contextmanager
+def _off_gpu(model: Any) -> Iterator[None]:
+    """The model waits in memory while others compute, to whom its GPU may have been given."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        yield
+        return
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 def _full_score(base: BaseModel, text: PublicText, folder: Path | None, on_progress: OnProgress | None) -> LossScore:

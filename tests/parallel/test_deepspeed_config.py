@@ -60,7 +60,7 @@ def test_the_examples_are_taken(example: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     stage = json.loads(example.read_text())["zero_optimization"]["stage"]
-    config = made(file=example, zero=stage)
+    config = made(file=example, zero=stage, dtype="float32" if "nvme" in example.stem else "bfloat16")
     DeepSpeedZeroConfig(**config["zero_optimization"])  # an unknown key, or a value out of range, is an error there
 
 
@@ -82,6 +82,10 @@ def test_there_are_examples() -> None:
         ({"optimizer": {"type": "Adam"}}, "optimizer is set"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set"),
         ({"gradient_clipping": 1.0}, "gradient_clipping is set"),
+        ({"amp": {"enabled": True}}, "amp is set"),
+        ({"communication_data_type": "fp16"}, "communication_data_type is set"),
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com: Extra inputs are not permitted"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "model.dtype is bfloat16"),
         ("{", "no JSON"),
         ("[]", "no JSON object"),
     ],
@@ -92,6 +96,11 @@ def test_what_does_not_agree_is_named(content: Any, said: str, tmp_path: Path) -
     assert said in caught.value.problem
     assert "parallel.deepspeed" in caught.value.problem
     assert caught.value.remedy
+
+
+def test_without_deepspeed_its_configuration_would_have_no_effect(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="would have no effect"):
+        made({}, tmp_path / "ds.json", zero=0)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

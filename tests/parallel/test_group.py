@@ -11,11 +11,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from ray.util.placement_group import placement_group_table
 
 from scaleot_ray.config import DataSettings, EmulatorSettings, ModelSettings, ParallelSettings, StageOneSettings
 from scaleot_ray.emulator.stage_one import StageOne
-from scaleot_ray.errors import ResourcesMissing, RunFailed
+from scaleot_ray.errors import ResourcesMissing, RunFailed, ScaleOTError
 from scaleot_ray.parallel.build import steps_by_group
+from scaleot_ray.parallel.group import Group
 from scaleot_ray.progress import Progress
 from scaleot_ray.resources.session import Session
 from scaleot_ray.stages.build import build
@@ -169,10 +171,36 @@ def test_without_a_place_it_says_what_it_asked_for_and_what_there_is(owner: Owne
     assert "parallel.workers" in caught.value.remedy
 
 
-def test_what_a_worker_says_is_an_error_of_its_own(owner: Owner, connected_ray: Session, tmp_path: Path) -> None:
-    absent = owner.model.model_copy(update={"path": str(tmp_path / "nowhere")})
-    take = steps_by_group(ParallelSettings(workers=2), absent, owner.public, STAGE_ONE, debug=False)
-    with pytest.raises(Exception, match="nowhere") as caught:
+@pytest.mark.parametrize("where", ["nowhere", "another"])
+def test_a_worker_without_the_builds_own_model_says_so(
+    owner: Owner, connected_ray: Session, tmp_path: Path, where: str
+) -> None:
+    if where == "another":
+        save_tiny(tmp_path / where, seed=1)
+    other = owner.model.model_copy(update={"path": str(tmp_path / where)})
+    take = steps_by_group(ParallelSettings(workers=2), other, owner.public, STAGE_ONE)
+    with pytest.raises(ScaleOTError) as caught:
         build(owner.model, owner.public, STAGE_ONE, EMULATOR, tmp_path / "e", cache=tmp_path / "c", take_steps=take)
-    assert "worker" in str(caught.value)
-    assert "model.path" in str(caught.value)
+    assert "worker" in caught.value.problem
+    assert "model.path" in caught.value.problem
+    assert where in caught.value.problem
+    assert not workers()
+
+
+def test_interrupted_while_it_waits_for_its_place_it_claims_nothing(owner: Owner, connected_ray: Session) -> None:
+    before = len(placement_group_table())
+    parallel = ParallelSettings(workers=4, timeout=60)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt), Group(parallel, connected_ray):
+            pass
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    waiting = [one for one in placement_group_table().values() if one["state"] == "PENDING"]
+    assert len(placement_group_table()) == before + 1
+    assert not waiting

@@ -71,15 +71,16 @@ def _held_out(settings):
     return RandomTokens(settings.batch_size - 1).fixed(2)  # not a multiple of the processes
 
 
-def _stepped(name, state, ranks=None, stage=0, extra=None, keep=None, stream=None):
-    model, settings, more = _model(name), state.settings, {}
+def _stepped(name, state, ranks=None, stage=0, extra=None, keep=None, stream=None, recompute=False, zero=None):
+    model, settings, more = _model(name), state.settings, {"recompute": recompute}
     if ranks is not None:
         parallel = ParallelSettings(workers=ranks.size, zero=stage)
         config = deepspeed_config(parallel, settings, ModelSettings(path="tiny", dtype="float64"))
+        config["zero_optimization"] |= zero or {}
         if stage == 3:
             spread_over_group(model, config, torch.device("cpu"))
         training = under_zero(config) if stage else averaging(ranks, torch.device("cpu"))
-        more = {"ranks": ranks, "training": training}
+        more |= {"ranks": ranks, "training": training}
     stream = stream or RandomTokens(settings.batch_size)
     steps = Steps(model, family_of(model.config), stream, _held_out(settings), **more)
     return steps.run(state, extra or {}, keep)
@@ -157,8 +158,12 @@ def _norm(parts) -> float:
     return math.hypot(*map(float, parts))
 
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
 def _continued(ranks, folder):
-    """Stopped after two steps and gone on with, in another ZeRO stage."""
+    """Stopped after two steps and gone on with, in another ZeRO stage; optimizers in part offloaded to memory."""
+    everything = {3: {**OFFLOAD, "offload_param": {"device": "cpu"}}}
     for first, then in ((3, 3), (2, 2), (0, 1), (3, 2)):
         kept = {}
 
@@ -166,9 +171,9 @@ def _continued(ranks, folder):
             kept.setdefault(state.step, (state, extra))
 
         state = _started("llama", {"checkpoint_every": 2})
-        _stepped("llama", state, ranks, first, keep=keep)
+        _stepped("llama", state, ranks, first, keep=keep, recompute=True, zero=everything.get(first))
         half, extra = _from_first(kept.get(2), ranks)
-        found = _stepped("llama", half, ranks, then, extra)
+        found = _stepped("llama", half, ranks, then, extra, zero=OFFLOAD)
         if ranks.first:
             found.save(folder / f"continued-{first}-{then}.safetensors", with_moments=False)
 
