@@ -9,7 +9,6 @@ hangs, and the layers that harmonizers stand in for are not gathered.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -167,12 +166,8 @@ def check_zero_section(section: dict[str, Any], name: str) -> None:
 
 def _deepspeed() -> Any:
     try:
-        # It writes a line of information for every second thing that it does, and warns of what does not concern us.
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
         import deepspeed.ops
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     except ImportError as error:
         raise ConfigError(
             f"parallel: a group of workers trains under DeepSpeed, which is not there ({error}).",

@@ -143,7 +143,9 @@ def _check_same(start, alone, file):
         apart = {part: (found.harmonizers[index][part] - value).norm() for part, value in values.items()}
         assert _norm(apart.values()) <= 1e-5 * _norm(value.norm() for value in values.values()), index
         for part, value in values.items():  # where a gradient is nearly zero, Adam goes by its rounding
-            assert apart[part] <= 0.02 * (value - start.harmonizers[index][part]).norm(), (index, part)
+            change = (value - start.harmonizers[index][part]).norm()
+            # ZeRO rounds weights to float32, also where nothing changes.
+            assert apart[part] <= 0.02 * change + 1e-6 * value.norm(), (index, part)
     before, after = start.harmonizers, alone.harmonizers
     assert sum(not torch.equal(before[index]["up.weight"], after[index]["up.weight"]) for index in before) >= 3
     assert found.scores == pytest.approx(alone.scores, rel=1e-5)
@@ -151,7 +153,7 @@ def _check_same(start, alone, file):
     for one, other in zip(found.history, alone.history, strict=True):
         assert one.get("replaced") == other.get("replaced")
         numbers = [[*entry.get("candidate_losses", ()), entry.get("loss", 0.0)] for entry in (one, other)]
-        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-9)
 
 
 def _norm(parts) -> float:

@@ -34,7 +34,9 @@ from tests.tiny_models import TINY, tiny_model, tiny_tokenizer
 CPU = torch.device("cpu")
 TEXT = RandomTokens(batch=8, time=16)
 HELD_OUT = TEXT.fixed(2)
-STAGE_ONE = StageOneSettings(harmonizer_rank=8, start_tokens=1024, steps=0, batch_size=8, block_size=16)
+STAGE_ONE = StageOneSettings(
+    harmonizer_rank=8, start_tokens=1024, steps=0, generated_tokens=0, batch_size=8, block_size=16
+)
 EMULATOR = EmulatorSettings(plug_in_layers=2, alpha=0.5, beta=0.6, fit_tokens=1024, fit_steps=3)
 
 
