@@ -104,9 +104,9 @@ def same(one: StageOne, other: StageOne) -> bool:
 
 
 def workers() -> list[psutil.Process]:
-    """Processes of living workers."""
+    """Processes of living workers on this test's own Ray."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[:1] in (
                 ["ray::Worker.work"],
