@@ -31,7 +31,8 @@ STAGE_ONE = StageOneSettings(
     generated_tokens=128,
     batch_size=4,
     block_size=16,
-    steps=12,
+    steps=24,
+    learning_rate=3e-4,
     score_every=4,
     candidates=3,
     checkpoint_every=3,
@@ -52,14 +53,15 @@ class Owner:
         name: str,
         on_progress: Callable[[Progress], None] | None = None,
         stream: bool = False,
+        stage_one: StageOneSettings = STAGE_ONE,
         **parallel: Any,
     ) -> StageOne:
         """What stage 1 leaves in the cache ``name``."""
         cache, take = self.folder / name, None
         if parallel:
             group = ParallelSettings(**{"workers": 2, **parallel})
-            take = steps_by_group(group, self.model, self.public, STAGE_ONE, debug=False)
-        settings = STAGE_ONE.model_copy(update={"generated_tokens": 0}) if stream else STAGE_ONE
+            take = steps_by_group(group, self.model, self.public, stage_one, debug=False)
+        settings = stage_one.model_copy(update={"generated_tokens": 0}) if stream else stage_one
         build(
             self.model,
             self.public,
@@ -143,16 +145,16 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
 
 def test_a_group_that_never_gets_any_further_is_given_up(owner: Owner, connected_ray: Session) -> None:
     started: set[int] = set()
+    long = STAGE_ONE.model_copy(update={"steps": 2000, "checkpoint_every": 2000})
 
     def kill_each(progress: Progress) -> None:
-        # Before the first checkpoint, at step 3.
         if progress.stage == "stage 1":
             for process in workers():
                 started.add(process.pid)
                 process.kill()
 
     with pytest.raises(RunFailed) as caught:
-        owner.stage_one("never", kill_each, zero=2, attempts=2)
+        owner.stage_one("never", kill_each, stage_one=long, zero=2, attempts=2)
     assert "started 2 times without getting any further" in caught.value.problem
     assert len(started) == 4
 
