@@ -55,7 +55,7 @@ class Training(Protocol):
         ...
 
     def restore(self, moments: Mapping[str, torch.Tensor]) -> None:
-        """Puts back what :meth:`moments` gave; what is not among it begins at zero."""
+        """Puts back what :meth:`moments` gave; where that is nothing, all begin at zero."""
         ...
 
 
@@ -111,7 +111,7 @@ class OneProcess:
                 for key, value in self._adam.state[parameter].items():
                     if (saved := moments.get(f"{index}.{name}.{key}")) is not None:
                         value.copy_(saved)
-                self._adam.updates[index] = int(self._adam.state[parameter]["step"])
+                self._adam.updates[index] = int(self._adam.state[parameter][STEP])
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class _Run:
 
     def _harmonizer_step(self, whole: Batch) -> float:
         mask, batch = self.scores.sample(), self._to_device(self.ranks.rows(whole))
-        self._check_same(mask, whole)
+        self._check_same([mask], whole)
         teacher = None
         if self.settings.objective == "distill":
             self.switchboard.set(frozenset())
@@ -279,7 +279,7 @@ class _Run:
         turn = self.step // self.settings.score_every
         whole = self.held_out[turn % len(self.held_out)]
         masks = [self.scores.sample() for _ in range(self.settings.candidates)]
-        self._check_same(frozenset[int]().union(*masks), whole)
+        self._check_same(masks, whole)
         losses = self._shared_losses(masks, whole) if self.training.spread else self._own_losses(masks, whole)
         credited = list(losses)
         if self.settings.shuffle_rewards:
@@ -309,7 +309,7 @@ class _Run:
         self.switchboard.set(mask)
         return language_model_loss(model_logits(self.model, batch), batch["labels"]).item()
 
-    def _check_same(self, mask: frozenset[int], batch: Batch) -> None:
+    def _check_same(self, masks: Sequence[frozenset[int]], batch: Batch) -> None:
         text = hashlib.sha256(batch["input_ids"].numpy().tobytes()).digest()
         self.ranks.check_same(
             f"stage 1, step {self.step + 1}: the text",
@@ -318,7 +318,7 @@ class _Run:
         )
         self.ranks.check_same(
             f"stage 1, step {self.step + 1}: the mask",
-            [int(index in mask) for index in self.scores.middle],
+            [int(index in mask) for mask in masks for index in self.scores.middle],
             "All workers draw from one seed: give all nodes the same version of everything installed.",
         )
 
