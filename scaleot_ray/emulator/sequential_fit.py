@@ -33,7 +33,8 @@ from scaleot_ray.emulator.reduced_rank import RegressionSums, reduced_rank_regre
 from scaleot_ray.families import Family, Projection, as_stored, dense_weight
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
-_BATCHES_AT_ONCE = 4
+BATCHES_AT_ONCE = 4
+"""Batches that are fitted on as one: a small matrix product costs little less than a large one."""
 
 # Of the gradient steps: peak rate relative to a factor's root mean square, steps of warm-up, and the least deviation of
 # a dimension that counts, relative to the mean one.
@@ -210,7 +211,7 @@ class SequentialFit:
     def _fit_attention(self, index: int, streams: Sequence[Streams]) -> None:
         """First the projections that read a layer's input, then, on what attention makes of them, the one behind."""
         *inner, output = self.family.attention
-        sums = {projection.path: self._sums(index, projection) for projection in self.family.attention}
+        sums = {projection.path: self._sums(index, projection) for projection in inner}
         targets = []
         behind = _Spread()  # of the full model's stream behind its attention
         for stream in streams:
@@ -231,12 +232,14 @@ class SequentialFit:
             stream.full = after
         factors = {}
         for projection in inner:
-            factors[projection.path] = self._least_error(projection, sums[projection.path])
+            # Of a wide model they are the largest things there are.
+            factors[projection.path] = self._least_error(projection, sums.pop(projection.path))
             self._install(index, projection, factors[projection.path])
+        sums[output.path] = self._sums(index, output)
         for stream, (usual, target) in zip(streams, targets, strict=True):
             got = self._inputs(index, [output], stream)
             sums[output.path].update(_rows(got[output.path].input, stream)[usual], target)
-        factors[output.path] = self._least_error(output, sums[output.path])
+        factors[output.path] = self._least_error(output, sums.pop(output.path))
         self._install(index, output, factors[output.path])
         if self.steps:
             self._descend(index, factors, streams, targets, behind)
@@ -359,8 +362,8 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
 
 
 def _merged(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same sequences in larger batches: a small matrix product costs little less than a large one."""
-    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // _BATCHES_AT_ONCE):
+    """The same sequences in larger batches."""
+    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // BATCHES_AT_ONCE):
         group = [batch for _, batch in several]
         time = max(batch["input_ids"].shape[1] for batch in group)
         yield {
