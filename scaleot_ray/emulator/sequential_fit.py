@@ -33,8 +33,7 @@ from scaleot_ray.emulator.reduced_rank import RegressionSums, reduced_rank_regre
 from scaleot_ray.families import Family, Projection, as_stored, dense_weight
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
-BATCHES_AT_ONCE = 4
-"""Batches that are fitted on as one: a small matrix product costs little less than a large one."""
+_BATCHES_AT_ONCE = 4
 
 # Of the gradient steps: peak rate relative to a factor's root mean square, steps of warm-up, and the least deviation of
 # a dimension that counts, relative to the mean one.
@@ -362,8 +361,8 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
 
 
 def _merged(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same sequences in larger batches."""
-    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // BATCHES_AT_ONCE):
+    """The same sequences in larger batches: a small matrix product costs little less than a large one."""
+    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // _BATCHES_AT_ONCE):
         group = [batch for _, batch in several]
         time = max(batch["input_ids"].shape[1] for batch in group)
         yield {
