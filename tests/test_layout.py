@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "scaleot_ray"
 
 ORDER = (
     *("errors", "plain_text", "result_folder", "processors", "progress", "interruption", "checkpoints", "ranks"),
-    *("config", "families", "artifacts", "data", "evaluation", "emulator", "tuning", "plugin", "stages"),
+    *("config", "families", "artifacts", "data", "evaluation", "emulator", "tuning", "plugin", "stages", "planner"),
     *("resources", "parallel"),
     *("federation/folder", "federation/rounds", "federation/roles", "federation/driver"),
     *("federation/preflight", "federation/environment", "federation/run"),

@@ -22,6 +22,7 @@ from scaleot_ray.cli.options import (
     set_option,
 )
 from scaleot_ray.cli.output import Output, working
+from scaleot_ray.cli.planned import refuse_what_cannot_fit
 from scaleot_ray.cli.settings import BuildSettings
 from scaleot_ray.cli.tables import privacy_text
 from scaleot_ray.config import override, parse
@@ -128,6 +129,7 @@ def build_emulator(settings: BuildSettings, out: Output) -> None:
 
         use_usable_cores()
         check_sources({"public": settings.public})  # loading a large model takes longer than finding a mistyped path
+        refuse_what_cannot_fit(settings)
         take_steps = None
         if settings.parallel is not None:
             from scaleot_ray.parallel.build import steps_by_group

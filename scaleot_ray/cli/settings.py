@@ -11,11 +11,13 @@ from pydantic import Field
 
 from scaleot_ray.config import (
     DataSettings,
+    EmulatorSettings,
     ModelSettings,
     Number,
     OwnerSettings,
     ParallelSettings,
     Settings,
+    StageOneSettings,
     TuneSettings,
 )
 from scaleot_ray.result_folder import ResultFolder
@@ -40,6 +42,17 @@ class BuildSettings(OwnerSettings):
     parallel: ParallelSettings | None = Field(
         None, description="a group of workers on Ray makes the steps of stage 1; without it the building process does"
     )
+
+
+class PlanSettings(Settings):
+    """``scaleot doctor --model``: what building an emulator of a model and tuning it would need."""
+
+    model: ModelSettings
+    stage_one: StageOneSettings = StageOneSettings()
+    emulator: EmulatorSettings = EmulatorSettings()
+    stream: bool = Field(False, description="as of scaleot build")
+    parallel: ParallelSettings | None = Field(None, description="as of scaleot build")
+    tune: TuneSettings = Field(TuneSettings(), description="of a data owner")
 
 
 class TuneCommandSettings(Settings):

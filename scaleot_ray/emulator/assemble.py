@@ -66,24 +66,7 @@ def assemble_tensors(
     device: torch.device | str = "cpu",
 ) -> Any:
     """:func:`assemble`, from the parts of an artefact."""
-    family = family_of(config)
-    model = empty_model(config, dtype)
-    layers = family.layers(model)
-    if len(layers) != len(content.layer_map):
-        raise ArtifactRefused(
-            f"manifest: layer_map has {len(content.layer_map)} entries, the model has {len(layers)} layers.",
-            "Ask the model owner for the emulator again.",
-        )
-    for index, role in enumerate(content.layer_map):
-        if LayerRole(role) is LayerRole.DROPPED:
-            layers[index] = DroppedLayer(family.returns_tuple)
-        elif LayerRole(role) is LayerRole.REPLACED:
-            spec = content.harmonizer
-            assert spec is not None  # the manifest's own check
-            with torch.device("meta"):
-                layers[index] = Harmonizer(hidden_size(config), spec.rank, spec.activation, family.returns_tuple)
-        elif LayerRole(role) is LayerRole.KEPT:
-            _place_factors(layers[index], family, family.layer_prefix(index), config, tensors)
+    model = unfilled_emulator(config, content, tensors, dtype)
     try:
         unexpected = model.load_state_dict(
             {name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True
@@ -102,6 +85,38 @@ def assemble_tensors(
         )
     model.to(device)
     return model.requires_grad_(False).eval()
+
+
+def unfilled_emulator(
+    config: Any, content: EmulatorContent, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    """What :func:`assemble` fills: all layers in place, their parameters on the meta device and not tied.
+
+    Args:
+        tensors: of a compressed projection, only the shapes of its factors count.
+
+    Raises:
+        ArtifactRefused: layers and factors do not make a model of this config.
+    """
+    family = family_of(config)
+    model = empty_model(config, dtype)
+    layers = family.layers(model)
+    if len(layers) != len(content.layer_map):
+        raise ArtifactRefused(
+            f"manifest: layer_map has {len(content.layer_map)} entries, the model has {len(layers)} layers.",
+            "Ask the model owner for the emulator again.",
+        )
+    for index, role in enumerate(content.layer_map):
+        if LayerRole(role) is LayerRole.DROPPED:
+            layers[index] = DroppedLayer(family.returns_tuple)
+        elif LayerRole(role) is LayerRole.REPLACED:
+            spec = content.harmonizer
+            assert spec is not None  # the manifest's own check
+            with torch.device("meta"):
+                layers[index] = Harmonizer(hidden_size(config), spec.rank, spec.activation, family.returns_tuple)
+        elif LayerRole(role) is LayerRole.KEPT:
+            _place_factors(layers[index], family, family.layer_prefix(index), config, tensors)
+    return model
 
 
 def _place_factors(

@@ -113,8 +113,8 @@ class _InputMoments:
             self._tokens[index] = self._tokens.get(index, 0) + len(rows)
 
     def means(self) -> dict[int, dict[str, torch.Tensor]]:
-        """E[x xᵀ] by layer and leading projection, on the CPU."""
+        """E[x xᵀ] by layer and leading projection, on the CPU; the sums are not there any more."""
         return {
-            index: {path: (total / self._tokens[index]).cpu() for path, total in sums.items()}
+            index: {path: total.div_(self._tokens[index]).cpu() for path, total in sums.items()}
             for index, sums in self._sums.items()
         }

@@ -33,7 +33,8 @@ from scaleot_ray.emulator.reduced_rank import RegressionSums, reduced_rank_regre
 from scaleot_ray.families import Family, Projection, as_stored, dense_weight
 from scaleot_ray.progress import OnProgress, ProgressMeter
 
-_BATCHES_AT_ONCE = 4
+BATCHES_AT_ONCE = 4
+"""Batches of public text that the fit runs as one."""
 
 # Of the gradient steps: peak rate relative to a factor's root mean square, steps of warm-up, and the least deviation of
 # a dimension that counts, relative to the mean one.
@@ -211,24 +212,8 @@ class SequentialFit:
         """First the projections that read a layer's input, then, on what attention makes of them, the one behind."""
         *inner, output = self.family.attention
         sums = {projection.path: self._sums(index, projection) for projection in inner}
-        targets = []
         behind = _Spread()  # of the full model's stream behind its attention
-        for stream in streams:
-            usual = stream.usual()
-            with _watching(self.full_layers[index], self.family.attention) as wanted:
-                after = self._full(index, stream)
-            got = self._inputs(index, inner, stream)
-            for projection in inner:
-                sums[projection.path].update(
-                    _rows(got[projection.path].input, stream)[usual],
-                    _rows(wanted[projection.path].output, stream)[usual],
-                )
-            target = _rows(wanted[output.path].output, stream)
-            if self.corrects:
-                target = target + stream.full - stream.emulated
-            targets.append((usual, target[usual]))
-            behind.update((target + (stream.emulated if self.corrects else stream.full))[usual])
-            stream.full = after
+        targets = [self._observe(index, stream, sums, behind) for stream in streams]
         factors = {}
         for projection in inner:
             # Of a wide model they are the largest things there are.
@@ -236,14 +221,40 @@ class SequentialFit:
             self._install(index, projection, factors[projection.path])
         sums[output.path] = self._sums(index, output)
         for stream, (usual, target) in zip(streams, targets, strict=True):
-            got = self._inputs(index, [output], stream)
-            sums[output.path].update(_rows(got[output.path].input, stream)[usual], target)
+            read = self._inputs(index, [output], stream)[output.path].input
+            sums[output.path].update(_rows(read, stream)[usual], target)
+            del read  # it is as large as the stream that is next
         factors[output.path] = self._least_error(output, sums.pop(output.path))
         self._install(index, output, factors[output.path])
         if self.steps:
             self._descend(index, factors, streams, targets, behind)
         for stream in streams:
             stream.emulated = self._emulated(index, stream)
+
+    def _observe(
+        self, index: int, stream: Streams, sums: dict[str, RegressionSums], behind: _Spread
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the full model's stream through the layer, and counts what its inner projections make of their inputs.
+
+        Returns:
+            Positions (batch, time) that count, and what the output projection is to give there (tokens, d).
+        """
+        *inner, output = self.family.attention
+        usual = stream.usual()
+        with watching(self.full_layers[index], self.family.attention) as wanted:
+            after = self._full(index, stream)
+        got = self._inputs(index, inner, stream)
+        for projection in inner:
+            sums[projection.path].update(
+                _rows(got[projection.path].input, stream)[usual],
+                _rows(wanted[projection.path].output, stream)[usual],
+            )
+        target = _rows(wanted[output.path].output, stream)
+        if self.corrects:
+            target = target + stream.full - stream.emulated
+        behind.update((target + (stream.emulated if self.corrects else stream.full))[usual])
+        stream.full = after
+        return usual, target[usual]
 
     def _sums(self, index: int, projection: Projection) -> RegressionSums:
         module = self.full_layers[index].get_submodule(projection.path)
@@ -252,7 +263,7 @@ class SequentialFit:
 
     def _inputs(self, index: int, projections: Sequence[Projection], stream: Streams) -> dict[str, _Call]:
         """What reaches some projections of the emulator's layer."""
-        with _watching(self.layers[index], projections, stop=True) as seen:
+        with watching(self.layers[index], projections, stop=True) as seen:
             self._emulated(index, stream)
         return seen
 
@@ -321,7 +332,7 @@ class SequentialFit:
                 for projection in attention
                 for name, value in self._stored(index, projection, trained[projection.path]).items()
             }
-            with _watching(layer, attention[-1:], stop=True) as seen:
+            with watching(layer, attention[-1:], stop=True) as seen:
                 arguments, named = stream.calls.arguments[index]
                 torch.func.functional_call(layer, values, (stream.emulated, *arguments), named)
             got = _rows(seen[attention[-1].path].output, stream)[usual]
@@ -362,7 +373,7 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
 
 def _merged(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same sequences in larger batches: a small matrix product costs little less than a large one."""
-    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // _BATCHES_AT_ONCE):
+    for _, several in itertools.groupby(zip(itertools.count(), batches), lambda pair: pair[0] // BATCHES_AT_ONCE):
         group = [batch for _, batch in several]
         time = max(batch["input_ids"].shape[1] for batch in group)
         yield {
@@ -384,7 +395,7 @@ class _AllSeen(Exception):
 
 
 @contextmanager
-def _watching(layer: nn.Module, projections: Sequence[Projection], stop: bool = False) -> Iterator[dict[str, _Call]]:
+def watching(layer: nn.Module, projections: Sequence[Projection], stop: bool = False) -> Iterator[dict[str, _Call]]:
     """Calls of some projections of a layer, by path, while it runs.
 
     Args:

@@ -104,7 +104,7 @@ def load_base_model(settings: ModelSettings) -> BaseModel:
     if source.is_file():
         metadata = gguf_metadata(source)
         licence = str(metadata.get("general.license") or UNKNOWN_LICENCE)
-        config = _gguf_config(source, str(metadata.get("general.architecture")))
+        config = gguf_config(source, str(metadata.get("general.architecture")))
         options: dict[str, Any] = {"gguf_file": source.name}
     else:
         licence = directory_licence(source)
@@ -157,7 +157,12 @@ def directory_config(directory: Path) -> Any:
         raise ConfigError(f"model.path: {directory / 'config.json'} is refused: {error}", remedy) from None
 
 
-def _gguf_config(file: Path, architecture: str) -> Any:
+def gguf_config(file: Path, architecture: str) -> Any:
+    """The config that transformers makes of a GGUF file's header.
+
+    Raises:
+        UnsupportedArchitectureError: it knows no such architecture.
+    """
     try:
         return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except (ValueError, KeyError, StrictDataclassError):

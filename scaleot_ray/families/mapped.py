@@ -34,7 +34,7 @@ def map_base_model(settings: ModelSettings) -> BaseModel:
             f"model.path: {source} is a GGUF file, whose weights have to be unpacked into memory.",
             "Give the model's Hugging Face directory, or build without --stream.",
         )
-    stored = _stored_dtype(source)
+    stored = stored_dtype(source)
     if stored is not None and stored != settings.dtype:
         raise ConfigError(
             f"model.dtype: {settings.dtype} is asked for, but the weights of {source} are {stored}; a streamed build "
@@ -44,7 +44,7 @@ def map_base_model(settings: ModelSettings) -> BaseModel:
     return load_base_model(settings.model_copy(update={"device": "cpu"}))
 
 
-def _stored_dtype(directory: Path) -> str | None:
+def stored_dtype(directory: Path) -> str | None:
     """The type that most of the weights have; None where nothing can be read, which loading says more of."""
     sizes: Counter[str] = Counter()
     try:

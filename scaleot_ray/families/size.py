@@ -11,7 +11,8 @@ from scaleot_ray.config import ModelSettings
 from scaleot_ray.families import family_of
 from scaleot_ray.families.family import context_length, hidden_size, layer_count
 from scaleot_ray.families.gguf import Value, gguf_metadata
-from scaleot_ray.families.loading import directory_config, empty_model
+from scaleot_ray.families.loading import directory_config, empty_model, gguf_config
+from scaleot_ray.families.mapped import stored_dtype
 from scaleot_ray.families.sources import resolve_source
 
 
@@ -34,6 +35,25 @@ class ModelSize:
     width: int
     vocabulary: int
     context: int | None = None
+
+
+def model_config(settings: ModelSettings) -> tuple[Any, str | None]:
+    """A base model's config, and the type of the weights in its files; None of a GGUF file, which is unpacked.
+
+    The weights need not be there yet: the config names their type too.
+
+    Raises:
+        ConfigError: ``model.path`` leads to no model.
+        UnsupportedArchitectureError: no family knows the architecture.
+    """
+    source = resolve_source(settings.path, "model.path", ("config.json", "*.safetensors"))
+    if source.is_file():
+        config = gguf_config(source, str(gguf_metadata(source).get("general.architecture")))
+        family_of(config)
+        return config, None
+    config = directory_config(source)
+    named = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
+    return config, stored_dtype(source) or named
 
 
 def model_size(settings: ModelSettings) -> ModelSize:

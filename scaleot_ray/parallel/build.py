@@ -13,14 +13,11 @@ from scaleot_ray.errors import ResourcesMissing
 from scaleot_ray.parallel.deepspeed_config import deepspeed_config
 from scaleot_ray.parallel.group import take_steps
 from scaleot_ray.parallel.stage_one import Assignment
+from scaleot_ray.planner.build import group_store
 from scaleot_ray.processors import usable_cores
 from scaleot_ray.progress import OnProgress
 from scaleot_ray.resources.session import local_ray, ray_is_given
 from scaleot_ray.stages.build import Begun, TakeSteps
-
-_STORE_ROOM = 256 << 20
-_STATES = 4
-"""States that may be on their way between workers and us at once, each harmonizers with two moments."""
 
 
 def steps_by_group(
@@ -53,9 +50,8 @@ def steps_by_group(
         # A worker's working folder is not ours.
         assignment = Assignment(model.absolute(), public.absolute(), settings, parallel, config, begun)
         harmonizers = sum(value.nbytes for values in begun.state.harmonizers.values() for value in values.values())
-        store = _STORE_ROOM + _STATES * 3 * harmonizers
         workers = parallel.workers
-        with local_ray(workers * parallel.cpus, workers * parallel.gpus, store, debug) as session:
+        with local_ray(workers * parallel.cpus, workers * parallel.gpus, group_store(harmonizers), debug) as session:
             if listen is not None:
                 listen()
             return take_steps(assignment, session, keep, on_progress)

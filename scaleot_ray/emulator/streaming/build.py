@@ -78,7 +78,7 @@ def build_streamed(
     roles = choose_layers(layer_count(base.model.config), stage_one, settings)
     content = describe_build(base, stage_one, roles, settings, FullModelFacts(base.digest))
     tensors = verbatim_tensors(base, roles, settings.beta) | harmonizer_tensors(base, stage_one, roles)
-    blank = _blank_attention(base, roles, settings.beta)
+    blank = blank_attention(base, roles, settings.beta)
     emulator = assemble_tensors(base.model.config, content, tensors | blank, base.model.dtype)
     fit = SequentialFit(
         base.model, emulator, base.family, roles, settings.beta, stage_one.settings.ridge, settings.fit_steps
@@ -189,7 +189,7 @@ class _Fitting:
         return index
 
 
-def _blank_attention(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> dict[str, torch.Tensor]:
+def blank_attention(base: BaseModel, roles: Sequence[LayerRole], beta: float) -> dict[str, torch.Tensor]:
     """In the place of compressed attention that is still to be fitted: zeros that share one number's memory."""
     if beta == 0:
         return {}
