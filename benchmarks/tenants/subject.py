@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from benchmarks.random_text import VOCABULARY, random_tokenizer, write_random_text
+from scaleot_ray.artifacts.crossing import crossing_bytes
 from scaleot_ray.artifacts.manifest import Manifest
 from scaleot_ray.config import RunSettings, TuneSettings, parse
 from scaleot_ray.errors import ConfigError
@@ -98,7 +99,7 @@ class Subject:
     def as_json(self) -> dict[str, Any]:
         """What the runs are of, for the JSON: ``model``, ``tune``, ``emulator``."""
         tune = {key: getattr(self._tune, key) for key in ("method", "steps", "batch_size", "block_size")}
-        return {"model": self._facts, "tune": tune, "emulator": {"bytes": self.emulator.nbytes}}
+        return {"model": self._facts, "tune": tune, "emulator": {"bytes": crossing_bytes(self.emulator)}}
 
     def check_room(self, tenants: int) -> None:
         """Whether this machine has room for a run of so many data owners, before any is made.
