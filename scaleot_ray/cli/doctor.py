@@ -1,4 +1,4 @@
-"""``scaleot doctor``: is this machine ready?"""
+"""``scaleot doctor``: is this machine ready, and for which models?"""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def doctor_command(
 ) -> None:
     """Check this machine, or what a model would need.
 
-    Alone: packages, threads, memory, disk, Ray, GPU. It reads nothing and writes
-    nothing; it starts a small Ray for a moment. Each line is ok, warn or fail,
-    with what to do about it.
+    Alone: packages, threads, memory, disk, Ray, GPU; it starts a small Ray for a
+    moment. Each line is ok, warn or fail, with what to do about it.
 
     With --model: what `scaleot build` and `scaleot tune` would need, stage by
-    stage, from the model's config alone; and where that is more than there is,
-    the cheapest options that fit.
+    stage; and where that is more than there is, the cheapest options that fit.
+
+    Reads of a model its config alone, never its weights. Writes nothing.
 
     The exit code is 4 if a check fails or the build does not fit, else 0.
 

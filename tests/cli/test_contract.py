@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from scaleot_ray.cli.build import build_emulator
 from scaleot_ray.cli.main import build_app
 from scaleot_ray.cli.output import Output
-from scaleot_ray.cli.settings import BuildSettings, EvaluateSettings, PlugSettings, TuneCommandSettings
+from scaleot_ray.cli.settings import BuildSettings, EvaluateSettings, PlanSettings, PlugSettings, TuneCommandSettings
 from scaleot_ray.config import DataSettings, ModelSettings, RunSettings, Settings, override
 from scaleot_ray.errors import ConfigError
 from tests.cli.command import python, scaleot
@@ -59,6 +59,7 @@ def test_help_fits_eighty_columns() -> None:
 SETTINGS: dict[str, type[Settings]] = {
     "demo": RunSettings,
     "run": RunSettings,
+    "doctor": PlanSettings,
     "build": BuildSettings,
     "tune": TuneCommandSettings,
     "plug": PlugSettings,

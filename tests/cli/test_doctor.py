@@ -10,11 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
+import transformers
 
 from scaleot_ray.cli import checks
 from scaleot_ray.cli.checks import GIB
 from scaleot_ray.resources import machine
-from tests.cli.command import scaleot
+from tests.cli.command import Warm, scaleot
 from tests.cli.documented_keys import JsonPage
 
 
@@ -176,3 +177,86 @@ def test_a_store_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     started, store = ray_probe(monkeypatch, answer)
     assert (started.status, store.status) == ("ok", "warn")
     assert "once per data owner" in store.remedy
+
+
+# ---- --model: what a build and a tuning would need
+
+
+def wide_model(folder: Path) -> Path:
+    """The config of a model with the widths of a 7B one, and no weights: a plan reads none."""
+    transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=6, num_attention_heads=32, dtype="bfloat16"
+    ).save_pretrained(folder)
+    return folder
+
+
+PLAN = ("--set", "emulator.plug_in_layers=2", "--memory", 100, "--format", "json")
+
+
+def test_a_plan_from_the_config_alone(tmp_path: Path, warm: Warm) -> None:
+    wide_model(tmp_path / "model")
+    done = warm.scaleot("doctor", "--model", "model", "--dtype", "bfloat16", "--stream", *PLAN, cwd=tmp_path)
+    assert done.code == 0, done.err
+    document = done.json
+    assert document["schema"] == "scaleot.plan/1"
+    assert JsonPage().undocumented(document) == set()
+    assert document["fits"]
+    assert document["shortages"] == {}
+    assert document["room"]["memory"] == 100e9
+    for process in (*document["build"]["processes"], document["tune"]):
+        assert process["memory"] == max(phase["memory"] for phase in process["phases"]) > 0
+        assert all(size >= 0 for phase in process["phases"] for size in phase["parts"].values())
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+def test_what_does_not_fit_is_exit_code_4_with_options_that_do(tmp_path: Path, warm: Warm) -> None:
+    wide_model(tmp_path / "model")
+    small = ("--memory", 7, "--format", "json")
+    done = warm.scaleot("doctor", "--model", "model", *PLAN[:2], *small, cwd=tmp_path)
+    assert done.code == 4, done.err
+    document = done.json
+    assert JsonPage().undocumented(document) == JsonPage().gone(document) == set()
+    assert not document["fits"]
+    assert document["shortages"]["memory"]["needed"] > document["shortages"]["memory"]["there"] == 7e9
+    assert document["cheapest"]["build"]["memory"] < 7e9
+    # What is said to fit does, given to the same command.
+    options = document["cheapest"]["options"].split()
+    again = warm.scaleot("doctor", "--model", "model", *PLAN[:2], *small, *options, cwd=tmp_path)
+    assert again.code == 0, again.out
+    assert again.json["build"]["memory"] == document["cheapest"]["build"]["memory"]
+
+
+def test_a_build_that_cannot_fit_is_refused_before_it_loads_anything(tmp_path: Path) -> None:
+    # 410 GB in float32: more than a machine of these tests has. Its weights are not even there.
+    transformers.LlamaConfig(
+        hidden_size=16384, intermediate_size=65536, num_hidden_layers=24, num_attention_heads=64
+    ).save_pretrained(tmp_path / "model")
+    public = tmp_path / "public.txt"
+    public.write_text("some text\n" * 100)
+    done = scaleot(
+        *("build", "--model", tmp_path / "model", "--public", public, "--output", tmp_path / "emulator"),
+        *("--plug-in-layers", 2, "--format", "json"),
+    )
+    assert done.error["type"] == "ResourcesMissing", done.error
+    assert "This build needs about" in done.error["message"]
+    assert "GB of memory" in done.error["message"]
+    assert "scaleot doctor --model" in done.error["remedy"]
+    assert not (tmp_path / "emulator").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--stream",), "--stream: says how a model is built, but there is no --model"),
+        (("--zero", "2"), "--workers, --gpus or --zero: says how a model is built"),
+        (("--model", "nowhere"), "nowhere"),
+        (("--model", "model", "--memory", "-1"), "--memory: -1.0 is no size"),
+        (("--model", "model", "--set", "emulator.alfa=1"), "emulator.alfa"),
+    ],
+)
+def test_a_plan_that_makes_no_sense(options: tuple[str, ...], message: str, tmp_path: Path, warm: Warm) -> None:
+    wide_model(tmp_path / "model")
+    done = warm.scaleot("doctor", *options, "--format", "json", cwd=tmp_path)
+    assert done.error["code"] == 2, done.error
+    assert message in done.error["message"]
+    assert done.error["remedy"]
