@@ -78,14 +78,24 @@ def cheapest(build: Build, room: Room) -> tuple[str, Plan] | None:
 
     Changes are tried from the one that costs least time and quality to the one that costs most.
     """
-    for options, changed in _changes(build):
-        try:
-            plan = changed.plan()
-        except ConfigError:
+    for options, changed in _wider(build):
+        batches = list(_smaller_batches(options, changed))
+        # What does not fit with the smallest batch hardly fits with a larger one (masks of more batches are less than
+        # a percent): one plan instead of all.
+        if _plan_that_fits(batches[-1][1], room) is None:
             continue
-        if not shortages(plan, room):
-            return options, plan
+        for named, smaller in batches:
+            if plan := _plan_that_fits(smaller, room):
+                return named, plan
     return None
+
+
+def _plan_that_fits(build: Build, room: Room) -> Plan | None:
+    try:
+        plan = build.plan()
+    except ConfigError:
+        return None
+    return None if shortages(plan, room) else plan
 
 
 def check_build(build: Build, room: Room, cluster: bool = False) -> None:
@@ -124,17 +134,16 @@ class _HereOnly(Build):
         return replace(plan, processes=plan.processes[:1], object_store=0)
 
 
-def _changes(build: Build) -> Iterator[tuple[str, Build]]:
-    """Options with their builds, from the least change to the largest."""
-    for text, changed in _wider(build):
-        yield text, changed
-        for size in _halves(build.stage_one.batch_size, build.parallel.workers if build.parallel else 1):
-            smaller = _set(changed, "stage_one", batch_size=size)
-            yield f"{text} --set stage_one.batch_size={size}".strip(), smaller
+def _smaller_batches(options: str, build: Build) -> Iterator[tuple[str, Build]]:
+    """A build as it is, and with smaller and smaller batches of stage 1."""
+    yield options, build
+    for size in _halves(build.stage_one.batch_size, build.parallel.workers if build.parallel else 1):
+        smaller = _set(build, "stage_one", batch_size=size)
+        yield f"{options} --set stage_one.batch_size={size}".strip(), smaller
 
 
 def _wider(build: Build) -> Iterator[tuple[str, Build]]:
-    """The larger changes, each to be tried with smaller batches too."""
+    """Larger changes, from the least to the largest; each is to be tried with smaller batches too."""
     group = build.parallel
     if group is not None:
         for zero in (0, 1, 2, 3):
