@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from scaleot_ray.config import AggregationSettings, RunSettings, StageOneSettings, TuneSettings
 from scaleot_ray.families.size import ModelSize
+from scaleot_ray.planner.plan import PROCESS
 from scaleot_ray.plugin.aggregation.combine import ACROSS_BYTES
 from scaleot_ray.result_folder import is_uri
-
-PROCESS = 450 << 20
-"""Bytes of an actor that has imported torch and transformers and holds no weights yet."""
 
 RAY = 600 << 20
 """Bytes of Ray's own processes and of the coordinator."""

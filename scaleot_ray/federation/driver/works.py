@@ -9,7 +9,8 @@ from scaleot_ray.config import RunSettings, TenantSettings
 from scaleot_ray.errors import ScaleOTError
 from scaleot_ray.federation.driver.schedule import Work
 from scaleot_ray.federation.roles.coordinator import MODEL_OWNER, data_owner, evaluator
-from scaleot_ray.resources.needs import PROCESS, Memory, Needs
+from scaleot_ray.planner.plan import PROCESS
+from scaleot_ray.resources.needs import Memory, Needs
 
 Begin = Callable[[], None]
 
